@@ -1,0 +1,15 @@
+"""The one exception a user is meant to see.
+
+`UserError` is raised where a file, key or value is wrong and the user can mend it. Its text is ONE line that names
+the file or key, the value, and the fix. `trainer.cli.run_main` prints it without a traceback and exits with code 2.
+Anything else is a fault of ours and keeps its traceback.
+"""
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; `str(error)` is one line: what, where, and the fix."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
