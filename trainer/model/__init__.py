@@ -1,0 +1,1 @@
+"""The language model: a plain nn.Module, with no parallelism inside."""
