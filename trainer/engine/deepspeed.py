@@ -1,0 +1,202 @@
+"""The DeepSpeed back end: ZeRO 0 to 3 through `deepspeed.initialize`, held to the same numbers as FSDP2.
+
+DeepSpeed averages gradients over ranks, so the loss is multiplied by the number of ranks first; it divides by its own
+count of accumulation steps unless told not to; the boundary of a step is set by us, because the number of micro-batches
+is ours to choose. `overlap_comm` stays off unless asked for: ZeRO-2 has raced with it on (DeepSpeed issue 4298).
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.engine.config import EngineConfig
+from trainer.engine.engine import Engine
+from trainer.engine.optim import MOMENTS, OptimConfig, allocate_moments, build_adamw, decays, squared_norm
+from trainer.engine.ranges import FlatRange
+from trainer.engine.world import World
+from trainer.engine.wrap import wrap_blocks
+from trainer.model.config import ModelConfig
+from trainer.model.transformer import Block, Transformer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before the import below
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
+)
+
+
+def deepspeed_config(config: EngineConfig, optim: OptimConfig, world: World) -> dict[str, Any]:
+    """Our DeepSpeed config, with the user's `engine.deepspeed` merged over it key by key."""
+    stage = int(config.kind.removeprefix("zero"))
+    bf16 = config.compute_dtype(world.device) == torch.bfloat16
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = config.persistence_threshold
+    if config.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own; nothing is divided by it
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "gradient_clipping": optim.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW, the same as under FSDP2
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    return _merge(ours, config.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+class DeepSpeedEngine(Engine):
+    """One `deepspeed.initialize`d model. `stage` 0 keeps whole tensors, 1 and 2 flat partitions, 3 partitions the weights."""
+
+    def __init__(self, model_config: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int):
+        super().__init__(model_config, config, optim, world)
+        self.stage = int(config.kind.removeprefix("zero"))
+        settings = deepspeed_config(config, optim, world)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+        if self.stage == 3:
+            dtype = config.compute_dtype(world.device)
+            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, mem_efficient_linear=False):
+                model = Transformer(model_config)
+            # One fetch per block instead of one per linear layer, as FSDP2 does; the compiler then sees no hooks inside.
+            set_z3_leaf_modules(model, [Block])
+        else:
+            with torch.device("meta"):
+                model = Transformer(model_config)
+            model.to_empty(device=world.device)
+            if model_config.tie_embeddings:
+                model.head.weight = model.embed.weight  # to_empty makes two tensors of a tied one
+        wrap_blocks(model.blocks, config)
+        self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if decays(self.shapes[n])], "weight_decay": optim.weight_decay},
+            {"params": [p for n, p in named if not decays(self.shapes[n])], "weight_decay": 0.0},
+        ]
+        self.optimizer = build_adamw(groups, optim)
+        self.model, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        self.module: Transformer = self.model.module
+        allocate_moments(self.optimizer)
+        self.initialise(seed)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not last:
+            self.model.step()  # not a boundary: only DeepSpeed's own micro-step bookkeeping
+
+    def _update(self, lr: float) -> float:
+        self._set_lr(lr)
+        if self.stage == 0:
+            return self._update_whole()
+        self.model.step()
+        norm = float(self.model.get_global_grad_norm())
+        return norm if math.isfinite(norm) and norm >= 0 else math.inf  # -1 is DeepSpeed's sign for "not finite"
+
+    def _update_whole(self) -> float:
+        """Stage 0 in fp32 has no ZeRO optimizer: gradients are whole and reduced, the norm is ours to take."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = math.sqrt(squared_norm(grads, self.world.device).item())
+        if not math.isfinite(norm):
+            self._drop_gradients()
+            return math.inf
+        self.model.step()  # clips with the same norm, updates, drops the gradients
+        return norm
+
+    def _drop_gradients(self) -> None:
+        """Throw the accumulated gradients away inside DeepSpeed by making them non-finite: it then skips and clears.
+
+        There is no public call for it; ZeRO-2 and 3 keep reduced gradients in private buckets.
+        """
+        if self.stage == 0:
+            self.model.zero_grad()
+            return
+        self.model.step()
+
+    def shards(self, moments: bool = True) -> dict[str, FlatRange]:
+        found = {}
+        names = ("param", *MOMENTS) if moments else ("param",)
+        for name, param in self.module.named_parameters():
+            for kind in names:
+                local, start = self._local(param, None if kind == "param" else kind)
+                found[f"{name}/{kind}"] = FlatRange(local, start, self.shapes[name])
+        return found
+
+    def _local(self, param: Any, moment: str | None) -> tuple[Tensor, int]:
+        """This rank's flat piece of a parameter's master (or moment) and where it starts."""
+        if self.stage == 0:
+            whole = param.detach() if moment is None else self.optimizer.state[param][moment]
+            return whole.flatten(), 0
+        if self.stage == 3:
+            whole = safe_get_local_fp32_param(param) if moment is None else safe_get_local_optimizer_state(param, moment)
+            part = param.ds_tensor.ds_numel
+            start = min(self.world.rank * part, param.ds_numel)
+            return whole.flatten()[: min(part, param.ds_numel - start)], start  # the last rank's padding is not ours
+        link = param._hp_mapping
+        if link is None:  # this parameter lies in other ranks' partitions
+            return torch.empty(0, dtype=torch.float32, device=param.device), 0
+        flat = self.optimizer.param_groups[link.param_group_index]["params"][0]
+        source = flat.detach() if moment is None else self.optimizer.state[flat][moment]
+        where = link.hp_fragment_address
+        return source.narrow(0, where.start, where.numel), link.lp_fragment_address.start
+
+    @torch.no_grad()
+    def load_shards(self, shards: dict[str, FlatRange]) -> None:
+        if self.stage == 0:
+            return  # the ranges are views of the parameters and moments themselves
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for name, param in self.module.named_parameters():
+            for kind in ("param", *MOMENTS):
+                if f"{name}/{kind}" not in shards:
+                    continue
+                padded = torch.zeros(param.ds_tensor.ds_numel, dtype=torch.float32, device=self.world.device)
+                local = shards[f"{name}/{kind}"].local
+                padded[: local.numel()] = local
+                if kind == "param":
+                    safe_set_local_fp32_param(param, padded)
+                    param.ds_tensor.data.copy_(padded)  # the low-precision partition that forward gathers
+                else:
+                    safe_set_local_optimizer_state(param, padded, kind)
+        # Small "persistent" parameters keep a gathered copy between steps; without this the first loss would be stale.
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, param in self.module.named_parameters():
+            full = param.detach() if self.stage == 0 else safe_get_full_fp32_param(param)
+            yield name, full.detach().view(self.shapes[name])
+
+    def close(self) -> None:
+        self.model.destroy()
