@@ -1,0 +1,1 @@
+"""What a run tells about itself: metric names, loggers, goodput and the report."""
