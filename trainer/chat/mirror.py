@@ -1,17 +1,18 @@
 """The same byte-level BPE in tiktoken, or the reason why it cannot be.
 
-Hugging Face merges by the rank of a *pair*, tiktoken by the rank (= id) of the *result*. The two agree on every piece of
-text when (1) every token that is not a single byte is what its own bytes encode to, and (2) along the list of merges
-the ids of the results never fall. Why: two neighbours x, y in a run of the Hugging Face encoder, whose join t is a
-token, were made by merges inside the bytes of t alone, so they also stand side by side when t itself is encoded;
-there they must be merged into t, by (1). So (x, y) is a merge, and the only one that ever makes t. Hence both encoders
-see the same candidates, by (2) in the same order, in every step. Tokens that break (1) can never come out of the merges
-and are left out of tiktoken's table.
+Hugging Face merges by the rank of a *pair*, tiktoken by the rank (= id) of the *result*. The two agree on
+every piece of text when (1) every token that is not a single byte is what its own bytes encode to, and (2)
+along the list of merges the ids of the results never fall. Why: two neighbours x, y in a run of the Hugging
+Face encoder, whose join t is a token, were made by merges inside the bytes of t alone, so they also stand
+side by side when t itself is encoded; there they must be merged into t, by (1). So (x, y) is a merge, and the
+only one that ever makes t. Hence both encoders see the same candidates, by (2) in the same order, in every
+step. Tokens that break (1) can never come out of the merges and are left out of tiktoken's table.
 
-The split pattern runs on two different engines (Oniguruma there, Rust's fancy-regex here). Those are compared on a small
-adversarial sample, and patterns that they read differently (possessive quantifiers) fail there or are refused.
+The split pattern runs on two engines (Oniguruma there, Rust's fancy-regex here). They are compared on a small
+adversarial sample; patterns that they read differently (possessive quantifiers) fail there or are refused.
 """
 
+import itertools
 import re
 from typing import Any
 
@@ -20,14 +21,16 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# A run of about 300,000 white-space characters exhausts the backtracking stack of fancy-regex, and tiktoken panics.
+# A run of about 300,000 spaces exhausts the backtracking stack of fancy-regex, and tiktoken panics.
 LONG_RUN = 1 << 16
 _SPACES = re.compile(r"\s*")
 SAMPLE = (
-    "Hello, WORLD's 12345 we'LL  don't 'tis\n\n  x = y[0]\t\t# done\r\n \u00a0\u3000 \u2028\u200b\u200d end \x00\x7f"
-    " na\u00efve cafe\u0301 \u017f's \u01c5 \u4e2d\u6587\u5b57\u7b26\u3002\u65e5\u672c\u8a9e \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940"
-    " \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \ud55c\uad6d\uc5b4 \u0661\u0662\u0663\u00bd\u216b\u00b2 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \ufffd\U0010ffff"
-    "   \n   \n\n a1b2_c3--==>>...!!!???   <|endoftext|> \\frac{1}{2} http://a.b/c?d=e&f  "
+    "Hello, WORLD's 12345 we'LL  don't 'tis\n\n  x = y[0]\t\t# done\r\n \u00a0\u3000 \u2028\u200b"
+    " end \x00\x7f"
+    " naïve cafe\u0301 \u017f's ǅ 中文字符。日本語 مرحبا हिन्दी สวัสดี 한국어 ١٢٣½Ⅻ²"
+    " \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \ufffd\U0010ffff"
+    "   \n   \n\n a1b2_c3--==>>...!!!???   <|endoftext|> \\frac{1}{2} http://a.b/c?d=e&f"
+    " 1234567 \u0661\u0662\u0663\u0664  "
 )
 
 
@@ -49,7 +52,7 @@ def bytes_to_token(data: bytes) -> str:
 
 
 def token_to_bytes(text: str, byte_level: bool) -> bytes:
-    """The bytes of text behind an entry of the vocabulary; a name outside the byte alphabet stands for itself."""
+    """The bytes of text behind a vocabulary entry; a name outside the byte alphabet stands for itself."""
     if byte_level:
         try:
             return bytes(CHAR_TO_BYTE[char] for char in text)
@@ -77,7 +80,8 @@ def without_specials(spec: dict[str, Any]) -> dict[str, Any]:
     added = {token["content"] for token in spec.get("added_tokens", [])} - {model.get("unk_token")}
     in_merges = {part for pair in pairs(model) for part in (*pair, "".join(pair))} & added
     model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in added or text in in_merges}
-    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    cleared = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return {**spec, **cleared, "model": model, "added_tokens": []}
 
 
 def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -105,16 +109,20 @@ def _unreachable(model: dict[str, Any], multi: list[str]) -> set[str]:
     """The tokens of `multi` (spelt in the byte alphabet) that their own bytes do not encode to."""
     bare = tokenizers.Tokenizer(models.BPE(model["vocab"], pairs(model)))
     # One call on one text: encode_batch starts threads, which a later fork (data workers) complains about.
-    bare.pre_tokenizer = pre_tokenizers.Split("\n", "removed")  # a line feed is no letter of the byte alphabet
+    bare.pre_tokenizer = pre_tokenizers.Split("\n", "removed")  # no letter of the byte alphabet
     encoding = bare.encode("\n".join(multi), add_special_tokens=False)
     produced: list[list[int]] = [[] for _ in multi]
     for word, index in zip(encoding.word_ids, encoding.ids):
-        produced[word].append(index)
+        if word is not None:
+            produced[word].append(index)
     return {text for text, ids in zip(multi, produced) if ids != [model["vocab"][text]]}
 
 
 def build(spec: dict[str, Any], hf: tokenizers.Tokenizer) -> tuple[tiktoken.Encoding | None, str | None]:
-    """`(encoding, None)` when tiktoken gives the same ids as `hf`, else `(None, reason)`. `spec` is without specials."""
+    """`(encoding, None)` when tiktoken gives the ids of `hf`, else `(None, reason)`.
+
+    `spec` is what `hf` was built from, without its special tokens.
+    """
     model = spec["model"]
     normalizer = spec.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
@@ -133,7 +141,7 @@ def build(spec: dict[str, Any], hf: tokenizers.Tokenizer) -> tuple[tiktoken.Enco
     if lost and model.get("ignore_merges"):
         return None, f"{len(lost)} tokens are no result of the merges"
     results = [vocab[left + right] for left, right in pairs(model) if left + right not in lost]
-    if any(later < earlier for earlier, later in zip(results, results[1:])):
+    if any(later < earlier for earlier, later in itertools.pairwise(results)):
         return None, "ids are not in the order of the merges"
     ranks = {token_to_bytes(text, True): vocab[text] for text in spelt if text not in lost}
     try:
@@ -146,7 +154,7 @@ def build(spec: dict[str, Any], hf: tokenizers.Tokenizer) -> tuple[tiktoken.Enco
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether there may be `LONG_RUN` spaces in a row: looks at one character in every half run, so it is free."""
+    """Whether there may be `LONG_RUN` spaces in a row. Looks at one character in every half run: free."""
     half = LONG_RUN // 2
     for start in range(0, len(text) - half, half):
         match = _SPACES.match(text, start)
@@ -156,7 +164,7 @@ def _has_long_run(text: str) -> bool:
 
 
 def encode(encoding: tiktoken.Encoding, hf: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Ids of `text` by tiktoken; by `tokenizers` where a run of spaces is so long that tiktoken would panic."""
+    """Ids of `text` by tiktoken; by `tokenizers` where spaces run so long that tiktoken would panic."""
     if _has_long_run(text):
         return hf.encode(text, add_special_tokens=False).ids
     return encoding.encode_ordinary(text)

@@ -20,21 +20,25 @@ def save_tokenizer(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     eos: str = EOS,
 ) -> Tokenizer:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and, last, `trivium.json`; returns the tokenizer, loaded again.
+    """Writes `tokenizer.json`, `tokenizer_config.json` and, last, `trivium.json`; returns the loaded
+    tokenizer.
 
-    `mergeable_ranks`: bytes -> rank, all 256 single bytes among them (what `rustbpe`'s `get_mergeable_ranks()` gives).
-    Ids are the places in order of rank, the special tokens follow: `vocab_size = len(ranks) + len(special_tokens)`.
-    The same input gives the same files, byte for byte. ValueError when the ranks are no byte-level BPE.
+    `mergeable_ranks`: bytes -> rank, all 256 single bytes among them, as `rustbpe`'s `get_mergeable_ranks()`
+    gives them. Ids are the places in order of rank, the special tokens follow them: `vocab_size = len(ranks)
+    + len(special_tokens)`. The same input gives the same files, byte for byte. ValueError when the ranks are
+    no byte-level BPE.
     """
     ordered = [data for data, _ in sorted(dict(mergeable_ranks).items(), key=lambda item: item[1])]
     ranks = {data: index for index, data in enumerate(ordered)}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"not byte-level: {len(missing)} single bytes have no rank, the first is {missing[0]}")
+        raise ValueError(f"not byte-level: {len(missing)} single bytes have no rank, first {missing[0]}")
     if eos not in special_tokens or len(set(special_tokens)) != len(special_tokens):
         raise ValueError(f"special_tokens must be distinct and hold eos={eos!r}: {list(special_tokens)}")
     special = {name: len(ranks) + index for index, name in enumerate(special_tokens)}
+    spell = mirror.bytes_to_token
     merges = [_last_pair(ranks, data) for data in ordered if len(data) > 1]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer_json = _dump(
         {
             "version": "1.0",
@@ -57,11 +61,11 @@ def save_tokenizer(
                 "type": "Sequence",
                 "pretokenizers": [
                     {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                    byte_level,
                 ],
             },
             "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "decoder": byte_level,
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -71,8 +75,8 @@ def save_tokenizer(
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {mirror.bytes_to_token(data): index for data, index in ranks.items()},
-                "merges": [[mirror.bytes_to_token(left), mirror.bytes_to_token(right)] for left, right in merges],
+                "vocab": {spell(data): index for data, index in ranks.items()},
+                "merges": [[spell(left), spell(right)] for left, right in merges],
             },
         }
     )
@@ -98,10 +102,10 @@ def save_tokenizer(
 
 
 def ranks_from_spec(spec: dict[str, Any]) -> dict[bytes, int]:
-    """Ranks of a byte-level `tokenizer.json` (parsed), e.g. of one that `tokenizers` trained: bytes first, then merges."""
-    single = sorted(mirror.CHAR_TO_BYTE.values())
+    """Ranks (bytes first, then merges) of a parsed byte-level `tokenizer.json`, e.g. one from `tokenizers`."""
+    single = [bytes([byte]) for byte in range(256)]
     merged = [mirror.token_to_bytes(left + right, True) for left, right in mirror.pairs(spec["model"])]
-    return {data: index for index, data in enumerate(dict.fromkeys([bytes([byte]) for byte in single] + merged))}
+    return {data: index for index, data in enumerate(dict.fromkeys(single + merged))}
 
 
 def _last_pair(ranks: Mapping[bytes, int], token: bytes) -> tuple[bytes, bytes]:

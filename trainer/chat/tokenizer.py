@@ -1,12 +1,12 @@
 """The only place where text becomes ids.
 
-A tokenizer is a directory with a Hugging Face `tokenizer.json` (so that every other tool reads it too) and, when
-we wrote it, a `trivium.json` that pins its sha256, vocabulary and special tokens. Encoding runs through tiktoken,
-built from the same merges and the same split pattern: five times as fast as `tokenizers` on one core. `mirror.py`
-proves that the two give the same ids; where it cannot, `tokenizers` itself encodes.
+A tokenizer is a directory with a Hugging Face `tokenizer.json` (so that every other tool reads it too) and,
+when we wrote it, a `trivium.json` that pins its sha256, vocabulary and special tokens. tiktoken encodes,
+built from the same merges and the same split pattern: at least five times as fast as `tokenizers` on one
+core. `mirror.py` proves that the two give the same ids; where it cannot, `tokenizers` itself encodes.
 
-Text never forges a special token: `encode("<|endoftext|>")` is ordinary text in ordinary ids. Special ids are put
-into a sequence by number only, by the code that builds conversations and documents.
+Text never forges a special token: `encode("<|endoftext|>")` is ordinary text in ordinary ids. Special ids are
+put into a sequence by number only, by the code that builds conversations and documents.
 """
 
 import hashlib
@@ -35,8 +35,9 @@ SPECIAL_TOKENS = (
     "<|tool_end|>",
     "<|tool_result|>",
 )
-# Words with the mark before them, digits in pairs, runs of other marks, line ends, spaces. The family of Llama 3 and
-# Qwen, without possessive quantifiers: `{1,2}+` and `++` mean different things to Oniguruma and to Rust's fancy-regex.
+# Words with the mark before them, digits in pairs, runs of other marks, line ends, spaces. The family of
+# Llama 3 and Qwen, without possessive quantifiers: `{1,2}+` means one thing to Oniguruma and another to
+# Rust's fancy-regex.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,11 +47,12 @@ EOS_GUESSES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer:
-    """Byte-level BPE. Build one with `Tokenizer.load(directory)`; it can be pickled (it is loaded again there).
+    """Byte-level BPE. Build one with `Tokenizer.load(directory)`; it can be pickled (and is loaded again
+    there).
 
-    Attributes: `vocab_size` (highest id + 1), `eos_id` (ends a document), `eos_ids` (every id that ends a text, `eos_id`
-    first), `special` (name -> id), `sha256` (of `tokenizer.json`), `directory`, `fallback` (None when tiktoken
-    encodes, else the reason why `tokenizers` has to).
+    Attributes: `vocab_size` (highest id + 1), `eos_id` (ends a document), `eos_ids` (every id that ends a
+    text, `eos_id` first), `special` (name -> id), `sha256` (of `tokenizer.json`), `directory`, `fallback`
+    (None when tiktoken encodes, else the reason why `tokenizers` has to).
     """
 
     def __init__(self, directory: str | Path):
@@ -59,7 +61,8 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(raw).hexdigest()
         spec = _parse(self.directory / "tokenizer.json", raw)
         vocab: dict[str, int] = spec["model"]["vocab"]
-        self.special: dict[str, int] = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+        added = spec.get("added_tokens", [])
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
         self.vocab_size = max([*vocab.values(), *self.special.values()], default=-1) + 1
 
         self._byte_level = mirror.is_byte_level(spec)
@@ -83,14 +86,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a directory with `tokenizer.json`: one of ours, or a Hugging Face checkpoint. Raises UserError."""
+        """From a directory with `tokenizer.json`, ours or a Hugging Face checkpoint's. Raises UserError."""
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (str(self.directory),)
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary ids of `text`; names of special tokens in it are spelt out. Lone surrogates become U+FFFD."""
+        """Ordinary ids of `text`; names of special tokens are spelt out. Lone surrogates become U+FFFD."""
         text = _clean(text)
         if self._tiktoken is None:
             return self._hf.encode(text, add_special_tokens=False).ids
@@ -106,7 +109,7 @@ class Tokenizer:
             return list(pool.map(self.encode, texts, chunksize=max(1, len(texts) // (threads * 8))))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. Special ids show their name; bytes that are no UTF-8 and ids past the vocabulary, U+FFFD."""
+        """Text of `ids`: special ids by name; invalid UTF-8 and ids past the vocabulary as U+FFFD."""
         indices = [int(index) for index in ids]
         if any(index < 0 for index in indices):
             raise ValueError(f"negative token id {min(indices)}: a padding or ignore mark, not a token")
@@ -126,17 +129,17 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: bytes of text that each id stands for, 0 for special tokens.
 
-        For every text, the sum over `encode(text)` is `len(text.encode())` (after NFC, where the tokenizer normalises).
-        Only for tokenizers that are not byte-level (Llama 2) it also counts the space they put in front.
+        For every text, the sum over `encode(text)` is `len(text.encode())` (after NFC, where the tokenizer
+        normalises). A tokenizer that is not byte-level (Llama 2) also counts the space that it puts in front.
         """
         return self._sizes.copy()
 
     def check_vocab(self, vocab_size: int, what: str = "model") -> None:
-        """UserError when a model with `vocab_size` rows cannot hold every id; more rows are fine (padding)."""
+        """UserError when a model of `vocab_size` rows cannot hold every id; more rows (padding) are fine."""
         if self.vocab_size > vocab_size:
             raise UserError(
-                f"{self.directory}: the tokenizer has {self.vocab_size} ids but the {what} has only {vocab_size}; "
-                f"use the tokenizer that it was trained with, or set model.vocab_size={self.vocab_size}"
+                f"{self.directory}: the tokenizer has {self.vocab_size} ids but the {what} has "
+                f"{vocab_size}; use the tokenizer that it was trained with, or set model.vocab_size={self.vocab_size}"
             )
 
     def _normalize(self, text: str) -> str:
@@ -168,8 +171,8 @@ class Tokenizer:
             for name, found in (("sha256", self.sha256), ("vocab_size", self.vocab_size)):
                 if ours.get(name) != found:
                     raise UserError(
-                        f"{self.directory}/trivium.json: {name} is {ours.get(name)} but tokenizer.json has {found}; "
-                        f"the two files are not of one tokenizer: copy both from the same place"
+                        f"{self.directory}/trivium.json: {name} is {ours.get(name)} but tokenizer.json "
+                        f"has {found}; the two files are not of one tokenizer: copy both from the same place"
                     )
         config = _json(self.directory / "tokenizer_config.json") or {}
         generation = _json(self.directory / "generation_config.json") or {}
@@ -178,17 +181,17 @@ class Tokenizer:
         if isinstance(eos_token, dict):
             eos_token = eos_token.get("content")
         names = [(ours or {}).get("eos"), eos_token]
-        found = [self.special[name] for name in names if name in self.special]
+        eos = [self.special[name] for name in names if name in self.special]
         for ids in (generation.get("eos_token_id"), model.get("eos_token_id")):
-            found += ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
-        if not found:
-            found = [self.special[name] for name in EOS_GUESSES if name in self.special][:1]
-        if not found:
+            eos += ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
+        if not eos:
+            eos = [self.special[name] for name in EOS_GUESSES if name in self.special][:1]
+        if not eos:
             raise UserError(
                 f"{self.directory}: no end-of-text token; name one of its added_tokens as eos_token in "
                 f"tokenizer_config.json"
             )
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(eos))
 
 
 def _read(directory: Path) -> bytes:
@@ -196,7 +199,7 @@ def _read(directory: Path) -> bytes:
     if not directory.is_dir():
         raise UserError(f"tokenizer {directory}: no such directory; give one that holds tokenizer.json")
     if not path.is_file():
-        raise UserError(f"tokenizer {directory}: no tokenizer.json in it; give a tokenizer or Hugging Face directory")
+        raise UserError(f"tokenizer {directory}: no tokenizer.json in it; give a directory that has one")
     return path.read_bytes()
 
 
@@ -207,7 +210,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); the file is cut off or no tokenizer") from None
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
-        raise UserError(f"{path}: no tokenizer in it (no model.vocab); expected the Hugging Face tokenizer.json form")
+        raise UserError(f"{path}: no tokenizer (no model.vocab); expected Hugging Face's tokenizer.json form")
     # Unigram and WordPiece may build the name of a special token out of ordinary text: it could be forged.
     if model.get("type", "BPE") != "BPE" or not isinstance(model["vocab"], dict):
         raise UserError(f"{path}: model.type={model.get('type')}: only BPE tokenizers are supported")
@@ -215,13 +218,14 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _build_hf(directory: Path, spec: dict[str, Any]) -> tokenizers.Tokenizer:
-    # `tokenizers` raises bare Exception for bad files, so the type cannot be narrower; its text names the fault.
+    # `tokenizers` raises exactly `Exception` for a bad file: nothing narrower can be caught. Its text names
+    # the fault.
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise UserError(f"{directory}/tokenizer.json: {error}; the file is damaged or of a newer form") from None
+        raise UserError(f"{directory}/tokenizer.json: {error}; the file is damaged or too new") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
