@@ -102,7 +102,7 @@ def save_tokenizer(
 
 
 def ranks_from_spec(spec: dict[str, Any]) -> dict[bytes, int]:
-    """Ranks (bytes first, then merges) of a parsed byte-level `tokenizer.json`, e.g. one from `tokenizers`."""
+    """Ranks (bytes first, then merges) of a parsed byte-level `tokenizer.json` from `tokenizers`."""
     single = [bytes([byte]) for byte in range(256)]
     merged = [mirror.token_to_bytes(left + right, True) for left, right in mirror.pairs(spec["model"])]
     return {data: index for index, data in enumerate(dict.fromkeys(single + merged))}

@@ -139,7 +139,8 @@ class Tokenizer:
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"{self.directory}: the tokenizer has {self.vocab_size} ids but the {what} has "
-                f"{vocab_size}; use the tokenizer that it was trained with, or set model.vocab_size={self.vocab_size}"
+                f"{vocab_size}; use the tokenizer that it was trained with, or set "
+                f"model.vocab_size={self.vocab_size}"
             )
 
     def _normalize(self, text: str) -> str:

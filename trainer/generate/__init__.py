@@ -1,0 +1,1 @@
+"""Text from a model: sampling, KV-cache decoding, and the terminal."""
