@@ -70,7 +70,7 @@ def test_default_block_and_layout_of_the_paper_form() -> None:
 
 
 def test_tars_are_plain_and_byte_reproducible(tmp_path: Path) -> None:
-    documents = [*range(10, 90), EOS] * 3
+    documents = [[*range(10, 90), EOS]] * 3
     first, second = write(tmp_path / "a", documents), write(tmp_path / "b", documents)
     assert first.fingerprint == second.fingerprint
     for shard in first.shards:

@@ -7,9 +7,9 @@
 
 Block b holds tokens [b * B, b * B + B] of the row (B = block_tokens). Because the last token is repeated as
 the first of the next block, windows of L + 1 tokens tile the row exactly for every L that divides B, so
-`seq_len` is chosen when training, not when writing. All members of a shard have the same size, so the offset of
-any token is arithmetic (`base + block * stride`) and no per-sample index exists. Only the last block is padded
-(with EOS).
+`seq_len` is chosen when training, not when writing. All members of a shard have the same size, so the offset
+of any token is arithmetic (`base + block * stride`): there is no per-sample index. Only the last block is
+padded, with EOS.
 
 The sha256 of `index.json` is the fingerprint of the data: it covers the hash of every block.
 Any `webdataset` reader reads these tars; `.decode()` turns members into numpy arrays.

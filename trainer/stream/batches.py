@@ -1,0 +1,261 @@
+"""The batches of a pretraining run: step -> this rank's micro-batches, a pure function of the config.
+
+The set of rows in a global batch is fixed by the step. Which rank trains on which row is free, since the
+engine sums losses and gradients over all ranks before it divides: so the batch is sorted by place in the
+data and rank r takes the r-th slice. Rank count, micro-batch and read-ahead therefore never change what the
+model sees in a step.
+
+Legend: N rows of this rank.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.stream.config import DataConfig
+from trainer.stream.index import Index
+from trainer.stream.micro import IGNORE, Micro, make_micro
+from trainer.stream.mixture import Mixture
+from trainer.stream.order import SourceOrder
+from trainer.stream.reader import TokenReader, split_directory
+
+__all__ = ["IGNORE", "Batch", "Micro", "TokenBatches"]
+
+STATE_VERSION = 1
+
+
+@dataclass
+class Batch:
+    """This rank's share of one global batch: samples first_sample .. first_sample + num_samples - 1.
+
+    epochs: how often each source was read through at the end of this batch.
+    """
+
+    micros: list[Micro]
+    first_sample: int
+    num_samples: int
+    epochs: dict[str, float]
+
+
+class TokenBatches:
+    """Batches of one split, and the windows to evaluate on.
+
+    global_batch: sequences of a step; micro_batch: rows of a micro-batch. Every rank gets equally many
+    micro-batches; when they do not divide evenly, rows without loss fill them up, so any `world` can read
+    any global batch. vocab_size, tokenizer_sha256: of the model and its tokenizer; None means whatever the
+    data was written with. Raises UserError for data that cannot be used with this config. `batch` may be
+    called from several threads.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        vocab_size: int | None = None,
+        tokenizer_sha256: str | None = None,
+        split: str = "train",
+    ):
+        config.validate()
+        self.config = config
+        self.seed = seed
+        self.seq_len = seq_len
+        self.micro_batch = micro_batch
+        self.rank, self.world = rank, world
+        self.vocab_size, self.tokenizer_sha256 = vocab_size, tokenizer_sha256
+        self.readers = self._open(split)
+        self._val: dict[str, TokenReader] | None = None
+        orders = [
+            SourceOrder(name, seed, reader.num_windows, reader.windows_per_block, config.shuffle_blocks)
+            for name, reader in self.readers.items()
+        ]
+        self.mixture = Mixture(orders, config.schedule(), seed)
+        self.ramp = [(phase.step, phase.global_batch) for phase in config.batch_ramp]
+        if not self.ramp or self.ramp[0][0] > 0:
+            self.ramp.insert(0, (0, global_batch))
+
+    @property
+    def index(self) -> Index:
+        """Index of the first source: what all sources share (`eos_id`, `tokenizer_sha256`)."""
+        return next(iter(self.readers.values())).index
+
+    @property
+    def fingerprint(self) -> str:
+        """What is read: the sha256 of the index of a single source, or of all of them by name."""
+        prints = {name: reader.index.fingerprint for name, reader in self.readers.items()}
+        if list(prints) == ["train"]:
+            return prints["train"]
+        return "sha256:" + hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+
+    def consumed(self, step: int) -> int:
+        """Samples in all steps before `step`."""
+        ends = [start for start, _ in self.ramp[1:]] + [step]
+        return sum(max(0, min(step, end) - start) * size for (start, size), end in zip(self.ramp, ends))
+
+    def batch(self, step: int) -> Batch:
+        """This rank's share of global batch `step`, a pure function of the config and `step`."""
+        first, last = self.consumed(step), self.consumed(step + 1)
+        source_N, window_N = self.mixture.batch(first, last - first)
+        micros = self._share(list(self.readers.values()), source_N, window_N)
+        return Batch(micros, first, last - first, self.mixture.epochs(last))
+
+    def eval_batches(self, num_sequences: int, source: str | None = None) -> list[Micro]:
+        """This rank's share of the first `num_sequences` windows of the val split, or of all it has.
+
+        Over all ranks each window comes exactly once, and every rank gets equally many micro-batches.
+        Several sources share the count by their weights; `source` asks for one of them. Raises UserError
+        without a val split.
+        """
+        readers = self.val_readers
+        if source is not None:
+            readers = {name: reader for name, reader in readers.items() if name == source}
+        if not readers:
+            raise UserError(
+                f"data.val is not set and {', '.join(s.path for s in self.config.named_sources().values())} "
+                f"holds no val/index.json: set data.val=/path or turn evaluation off"
+            )
+        quotas = self._quotas(readers, num_sequences)
+        source_N = np.repeat(np.arange(len(quotas)), quotas)
+        window_N = np.concatenate([np.arange(quota) for quota in quotas])
+        return self._share(list(readers.values()), source_N, window_N)
+
+    @property
+    def val_readers(self) -> dict[str, TokenReader]:
+        """The sources that have a val split, opened when first asked for; {} when there is none."""
+        if self._val is None:
+            self._val = self._open("val")
+        return self._val
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream stands after `step` steps, as JSON; a function of the config and the step."""
+        return {
+            "v": STATE_VERSION,
+            "seed": self.seed,
+            "consumed": self.consumed(step),
+            "fingerprint": self.fingerprint,
+            "schedule": [[start, weights] for start, weights in self.config.schedule()],
+            "seq_len": self.seq_len,
+            "shuffle_blocks": self.config.shuffle_blocks,
+        }
+
+    def check_state(self, state: dict[str, Any], step: int) -> None:
+        """Raise UserError when this config would not go on where `state`, saved after `step` steps, stopped.
+
+        What lies ahead may change: later weight phases, later batch sizes. What was already read may not.
+        """
+        here = self.state(step)
+        if state["v"] != STATE_VERSION:
+            raise UserError(
+                f"stream state of version {state['v']}: this version reads {STATE_VERSION}: use its version"
+            )
+        if state["fingerprint"] != here["fingerprint"]:
+            raise UserError(
+                f"data: its fingerprint {here['fingerprint'][:23]} is not the one this run began with, "
+                f"{state['fingerprint'][:23]}: point data.* at the same shards, or begin a new run with "
+                f"init_from"
+            )
+        for name, setting in (
+            ("seed", "seed"),
+            ("seq_len", "seq_len"),
+            ("shuffle_blocks", "data.shuffle_blocks"),
+        ):
+            if state[name] != here[name]:
+                raise UserError(
+                    f"{setting}={here[name]}: this run was begun with {state[name]}, and another value "
+                    f"would repeat and "
+                    f"skip samples: set it back, or begin a new run with init_from"
+                )
+        if state["consumed"] != here["consumed"]:
+            raise UserError(
+                f"global_batch or data.batch_ramp: steps before {step} read {state['consumed']} samples, "
+                f"now they would "
+                f"be {here['consumed']}: keep the past and add a data.batch_ramp entry from step {step} on"
+            )
+        past = [[start, weights] for start, weights in state["schedule"] if start < max(1, state["consumed"])]
+        if [phase for phase in here["schedule"] if phase[0] < max(1, state["consumed"])] != past:
+            raise UserError(
+                f"data.weight_schedule: the weights of samples before {state['consumed']} were {past}: keep "
+                f"them and add "
+                f"a phase with start_sample={state['consumed']} or later"
+            )
+
+    def _open(self, split: str) -> dict[str, TokenReader]:
+        """Readers of every source that has this split, sorted by name."""
+        readers = {}
+        for name, source in sorted(self.config.named_sources().items()):
+            key = f"data.sources.{name}.path" if self.config.sources else "data.train"
+            directory = split_directory(source.path, split)
+            if split == "val" and source.val:
+                key, directory = key.replace("path", "val").replace("train", "val"), source.val
+            if directory is not None:
+                readers[name] = TokenReader(
+                    directory, seq_len=self.seq_len, verify=self.config.verify, where=key
+                )
+                self._check_tokenizer(readers[name])
+                if self.config.verify != "off":
+                    readers[name].check_sizes(self.rank, self.world)
+        return readers
+
+    def _check_tokenizer(self, reader: TokenReader) -> None:
+        index, where = reader.index, f"{reader.where}={reader.directory}"
+        wanted = self.tokenizer_sha256 or index.tokenizer_sha256
+        if index.tokenizer_sha256 != wanted:
+            raise UserError(
+                f"{where}: written with another tokenizer (sha256 {index.tokenizer_sha256[:12]}, not "
+                f"{wanted[:12]}): "
+                f"use the tokenizer of the data, or encode the data again"
+            )
+        self.tokenizer_sha256 = wanted  # the sources of one run must agree among themselves, too
+        if self.vocab_size is not None and index.vocab_size > self.vocab_size:
+            raise UserError(
+                f"model.vocab_size={self.vocab_size}: less than the {index.vocab_size} ids of {where}: "
+                f"set model.vocab_size={index.vocab_size} or more"
+            )
+
+    def _quotas(self, readers: dict[str, TokenReader], total: int) -> list[int]:
+        """`total` windows shared by weight; what a small source cannot give, the others do."""
+        weights = {name: source.weight for name, source in self.config.named_sources().items()}
+        quotas, left, weight_left = {}, total, sum(weights[name] for name in readers)
+        for name in sorted(readers, key=lambda name: readers[name].num_windows / weights[name]):
+            share = round(left * weights[name] / weight_left) if weight_left > weights[name] else left
+            quotas[name] = min(share, readers[name].num_windows)
+            left, weight_left = left - quotas[name], weight_left - weights[name]
+        return [quotas[name] for name in readers]
+
+    def _share(self, readers: list[TokenReader], source_N: np.ndarray, window_N: np.ndarray) -> list[Micro]:
+        """This rank's slice of the sorted rows as micro-batches, equally many on every rank."""
+        count, micro = len(window_N), self.micro_batch
+        begin, end = self.rank * count // self.world, (self.rank + 1) * count // self.world
+        num_micros = -(-count // (self.world * micro))
+        micros = []
+        for m in range(num_micros):
+            rows = slice(min(begin + m * micro, end), min(begin + (m + 1) * micro, end))
+            micros.append(self._micro(readers, source_N[rows], window_N[rows]))
+        return micros
+
+    def _micro(self, readers: list[TokenReader], source_N: np.ndarray, window_N: np.ndarray) -> Micro:
+        dtype = max((np.dtype(reader.index.dtype) for reader in readers), key=lambda dtype: dtype.itemsize)
+        eos_id = readers[0].index.eos_id
+        window_BW = np.empty((self.micro_batch, self.seq_len + 1), dtype)
+        num_targets_B = np.zeros(self.micro_batch, np.int64)
+        window_BW[len(window_N) :] = eos_id
+        for number in np.unique(source_N):
+            first, last = np.searchsorted(source_N, [number, number + 1])
+            readers[number].read(window_N[first:last], window_BW[first:last])
+            num_targets_B[first:last] = readers[number].num_targets(window_N[first:last])
+        return make_micro(
+            window_BW,
+            num_targets_B,
+            eos_id=eos_id,
+            document_mask=self.config.document_mask,
+            num_rows=len(window_N),
+        )
