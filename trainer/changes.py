@@ -19,6 +19,11 @@ RULES: tuple[tuple[str, str], ...] = (
     ("model.*", "the checkpoints hold the weights of the saved model"),
     ("seed", "data order, initial weights and sampling noise come from it"),
     ("seq_len", "the n-th sample of the data would be another one"),
+    ("data.shuffle_blocks", "it is part of the order of the data"),
+    (
+        "data.sources.*.weight",
+        "what was read so far was drawn with it (from here on: add a phase to data.weight_schedule)",
+    ),
     ("global_batch", "step n would read other samples"),
     ("init_from", "the weights now come from this run's own checkpoint: another start would have no effect"),
 )

@@ -26,6 +26,7 @@ FIXES = {
     errno.EACCES: "permission denied: choose a run_dir you can write to",
     errno.EPERM: "operation not permitted: choose a run_dir you can write to",
     errno.EROFS: "read-only file system: choose another run_dir",
+    errno.EEXIST: "a file is there where a directory should be: choose another run_dir",
     errno.ENOTDIR: "a part of this path is a file, not a directory: choose another run_dir",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter run_dir",
 }
@@ -76,11 +77,6 @@ def to_line(record: Record) -> str:
         for name, value in record.items()
     }
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def number(value: Any) -> float:
-    """The number behind a field written by `to_line` ("nan" and "inf" included)."""
-    return float(value)
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -24,6 +24,7 @@ from trainer.observe.files import LineFile
 from trainer.observe.metrics import AXIS, Number, check
 from trainer.run import RunDirectory
 
+NOT_FINITE = ("nan", "inf", "-inf")  # how trainer.observe.files.to_line writes them
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 CONSOLE_MODES = ("auto", "rich", "plain", "off")
 Rows = Sequence[dict[str, Any]]
@@ -184,10 +185,11 @@ def make_loggers(config: LoggerConfig, run: RunDirectory, total_steps: int, firs
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, numbers as floats (nan and inf included), step and tokens as ints."""
+    """The records of a metrics.jsonl: {"step", "tokens", "time", NAME: value}, nan and inf as floats
+    again."""
     from trainer.observe.files import read_lines
 
     return [
-        {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
+        {name: float(value) if value in NOT_FINITE else value for name, value in record.items()}
         for record in read_lines(Path(path))
     ]

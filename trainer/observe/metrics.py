@@ -16,7 +16,7 @@ STAGES = (PRETRAIN, SFT, REWARD, GRPO)
 LIKELIHOOD = (PRETRAIN, SFT)  # the stages whose loss is -log p of given text
 AXIS = "tokens"
 
-Number = float | int
+Number = float | int | str  # a string only where there is nothing to plot: a hash
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ METRICS: tuple[Metric, ...] = (
     *(Metric(f"speed/{part}_s", "s", f"of it: {meaning}") for part, meaning in PARTS.items()),
     Metric("memory/*", "GiB", "device memory, e.g. memory/peak_allocated", "max"),
     Metric("data/epoch/*", "epochs", "how often one source was read through so far"),
-    Metric("data/batch_hash", "", "hash of the global batch: equal runs read equal batches", chart=False),
+    Metric(
+        "data/batch_hash", "", "hash of the global batch (hex): equal runs read equal batches", chart=False
+    ),
     Metric("data/samples", "sequences", "sequences read so far"),
     Metric("rl/reward", "", "mean reward of the step's completions", "max", (GRPO,)),
     Metric("rl/reward/*", "", "mean of one part of the reward", "max", (GRPO,)),

@@ -47,6 +47,14 @@ class StepTimer:
             self._book()
             self._open.pop()
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Rebooks up to `seconds` of this step from one part to another: for what a callee timed itself,
+        such as the optimizer's share of `engine.train_step`. The sum does not change."""
+        self._book()
+        moved = min(round(seconds * 1e9), self._spent[source])
+        self._spent[source] -= moved
+        self._spent[target] += moved
+
     def seconds(self) -> dict[str, float]:
         """Seconds per part since the step began, up to this instant; the step goes on."""
         self._book()
