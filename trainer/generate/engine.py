@@ -49,7 +49,7 @@ class Completion:
 
 @dataclass
 class _Row:
-    """A prompt on its way. `length` counts tokens in the cache; the last of `completion.ids` is not there yet."""
+    """A prompt on its way. `length`: tokens in the cache, where the last of `completion.ids` is not yet."""
 
     index: int  # in the caller's list
     prompt: list[int]
