@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="trivium tokens", description="Show a text as tokens: coloured, each above its id.")
     parser.add_argument("text", nargs="?", help="the text; - reads standard input")
     parser.add_argument("--file", help="read the text from this file (UTF-8)")
-    parser.add_argument("--tokenizer", metavar="DIR_OR_RUN", help="whose tokenizer: a run, data, ... directory")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR_OR_RUN", help="whose tokenizer: a run, data, ... directory"
+    )
     parser.add_argument("--run", metavar="RUN", help="the same as --tokenizer")
     parser.add_argument("--limit", type=int, default=1000, help="show so many tokens (default 1000; 0: all)")
     parser.add_argument("--no-ids", action="store_true", help="only the coloured text")
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_tokenizer(path: str | None) -> Path:
-    """The tokenizer directory in, or beside, `path`; by default the quickstart's. UserError if there is none."""
+    """The tokenizer directory in or beside `path`; by default the quickstart's. UserError if none."""
     places = [Path(path)] if path is not None else [Path(place) for place in PLACES]
     for place in places:
         checkpoints = sorted(place.glob("checkpoints/*/COMMITTED"), key=lambda marker: _step(marker.parent))

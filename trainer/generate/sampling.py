@@ -35,9 +35,7 @@ class SamplingConfig:
     max_new_tokens: int = 64
     temperature: float = 1.0  # 0: greedy, always the likeliest token
     top_k: int = 0  # only the k likeliest tokens (and ties with the last); 0: all
-    top_p: float = (
-        1.0  # only the likeliest tokens that together reach this; after temperature
-    )
+    top_p: float = 1.0  # only the likeliest tokens that together reach this; after temperature
     min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
     stop_ids: list[int] = field(default_factory=list)  # besides the end-of-text ids of the Generator
     stop_strings: list[str] = field(default_factory=list)  # a text that contains one is finished
@@ -116,9 +114,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     """The fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2019); never none."""
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = torch.softmax(sorted_BV, dim=-1)
-    before_BV = (
-        probs_BV.cumsum(dim=-1) - probs_BV
-    )  # 0 for the likeliest, which is always kept
+    before_BV = probs_BV.cumsum(dim=-1) - probs_BV  # 0 for the likeliest, which is always kept
     drop_BV = (before_BV >= p).scatter(-1, order_BV, before_BV >= p)
     return logits_BV.masked_fill(drop_BV, float("-inf"))
 
