@@ -81,7 +81,8 @@ def test_tars_are_plain_and_byte_reproducible(tmp_path: Path) -> None:
                 assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o444)
                 assert raw[member.offset + 257 :][:6] == b"ustar\0"  # POSIX, no GNU or PAX extension
                 assert member.offset == position * shard.stride
-                tokens = np.load(tar.extractfile(member), allow_pickle=False)  # type: ignore[arg-type]
+                content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                tokens = np.load(io.BytesIO(content), allow_pickle=False)
                 np.testing.assert_array_equal(
                     np.frombuffer(raw, "<u2", 17, shard.base + position * shard.stride), tokens
                 )

@@ -1,6 +1,6 @@
 """Rows of tokens -> one micro-batch: shifted targets, documents kept apart, padding without loss.
 
-Legend: B rows of a micro-batch, T = seq_len, W = T + 1 tokens of a window.
+Legend: B rows of a micro-batch, T = seq_len, W = T + 1 tokens of a window, D documents.
 """
 
 from dataclasses import dataclass
@@ -34,12 +34,19 @@ class Micro:
 
 def document_layout(tokens_BT: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """(positions_BT int64, documents_BT int32) from the EOS that ends each document."""
-    ends_BT = tokens_BT == eos_id
-    begins_BT = np.zeros_like(ends_BT)
-    begins_BT[:, 1:] = ends_BT[:, :-1]
-    documents_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32)
-    place_T = np.arange(tokens_BT.shape[1], dtype=np.int64)
-    return place_T - np.maximum.accumulate(np.where(begins_BT, place_T, 0), axis=1), documents_BT
+    num_rows, row_len = tokens_BT.shape
+    begins = np.zeros(
+        num_rows * row_len + 1, bool
+    )  # documents are long: work on their starts, not on every token
+    begins[1:] = (tokens_BT == eos_id).ravel()
+    begins[:-1:row_len] = True  # a row may begin inside a document; what came before it is out of sight
+    start_D = np.flatnonzero(begins[:-1])
+    length_D = np.diff(start_D, append=tokens_BT.size)
+    first_B = np.searchsorted(start_D, np.arange(0, tokens_BT.size, row_len))
+    number_D = np.arange(len(start_D)) - first_B[start_D // row_len]
+    positions_BT = np.arange(tokens_BT.size) - np.repeat(start_D, length_D)
+    documents_BT = np.repeat(number_D.astype(np.int32), length_D)
+    return positions_BT.reshape(tokens_BT.shape), documents_BT.reshape(tokens_BT.shape)
 
 
 def make_micro(
