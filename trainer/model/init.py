@@ -1,7 +1,7 @@
 """Initial weights as a pure function of (seed, parameter name, flat index): no sharding changes them.
 
-A rank draws exactly the flat slice that it owns, on its own device, without ever holding the whole tensor; 1 rank and
-1,024 ranks start from the same model, and so does a run that is restarted on the other engine.
+A rank draws exactly the flat slice that it owns, on its own device, without ever holding the whole tensor; 1
+rank and 1,024 ranks start from the same model, and so does a run that is restarted on the other engine.
 """
 
 import math
@@ -19,8 +19,8 @@ RESIDUAL_OUTPUTS = ("attn.o.weight", "mlp.down.weight")  # what a block adds to 
 def init_std(config: ModelConfig, name: str) -> float | None:
     """Standard deviation of parameter `name` at initialisation; 0.0 means zeros, None means ones.
 
-    Projections that write into the residual stream are scaled by 1/sqrt(2 * num_layers), so that the stream's variance
-    does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+    Projections that write into the residual stream are scaled by 1/sqrt(2 * num_layers), so that the stream's
+    variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
     """
     if name.endswith("norm.weight"):
         return None
@@ -58,7 +58,7 @@ def init_range(
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Fill every parameter of a whole (unsharded) model in place, also right after `to_empty` on a meta-built one."""
+    """Fill every parameter of a whole (unsharded) model in place, also just after `to_empty`."""
     for name, parameter in model.named_parameters():
         flat = init_range(model.config, name, parameter.shape, 0, parameter.numel(), seed, parameter.device)
         parameter.copy_(flat.view(parameter.shape))
