@@ -216,6 +216,13 @@ class RunDirectory:
     def resumed(self) -> bool:
         return self.attempt > 1
 
+    def facts(self) -> dict[str, Any]:
+        """Identity and origin of this attempt, for other records of the run (W&B's config, the report)."""
+        now = self.state["attempts"][-1]
+        return {"id": self.run_id, "lineage": self.lineage} | {
+            k: now[k] for k in ("world", "code", "versions")
+        }
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

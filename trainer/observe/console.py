@@ -31,8 +31,9 @@ def printable(text: object) -> str:
 def short_number(value: float) -> str:
     """1234567 -> "1.23M"."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
+        rounded = f"{value / size:.3g}"
+        if abs(float(rounded)) >= 1:
+            return rounded + unit
     return f"{value:.3g}"
 
 

@@ -8,7 +8,7 @@ REDACTED = "<redacted>"
 # Judged by the last part of a config key or the name of an environment variable. `tokens` must not match:
 # half of the keys of a language-model trainer count tokens.
 SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|secret(_key)?|password|passwd|credentials?|private_key|(access|auth|hf|bearer)_token)$",
+    r"(^|_)(api_?key|secret|(secret|access|private)_key|password|passwd|credentials?|(access|auth|hf|bearer)_token)$",
     re.I,
 )
 SECRET_VARIABLE = re.compile(r"(_|^)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
