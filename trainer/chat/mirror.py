@@ -19,6 +19,7 @@ from typing import Any
 import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers
+from tokenizers.normalizers import NFC
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # A run of about 300,000 spaces exhausts the backtracking stack of fancy-regex, and tiktoken panics.
@@ -148,9 +149,26 @@ def build(spec: dict[str, Any], hf: tokenizers.Tokenizer) -> tuple[tiktoken.Enco
         encoding = tiktoken.Encoding("trivium", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
         return None, f"tiktoken cannot read the pattern: {error}"
-    if encode(encoding, hf, SAMPLE) != hf.encode(SAMPLE, add_special_tokens=False).ids:
+    sample = SAMPLE if normalizer is None else NFC().normalize_str(SAMPLE)
+    if not _cut_alike(pattern, hf, sample):
         return None, "the two pattern engines cut the same text differently"
+    if encoding.encode_ordinary(sample) != hf.encode(sample, add_special_tokens=False).ids:
+        return None, "the two encoders give other ids for the same text"
     return encoding, None
+
+
+def _cut_alike(pattern: str, hf: tokenizers.Tokenizer, text: str) -> bool:
+    """Whether both engines cut `text` into the same pieces.
+
+    tiktoken shows no pieces, so it gets a vocabulary of just those that `hf` cuts: a piece of its own that is
+    not among them falls to bytes.
+    """
+    cut = hf.pre_tokenizer.pre_tokenize_str(text)
+    pieces = [token_to_bytes(piece, True) for piece, _ in cut]
+    single = [bytes([byte]) for byte in range(256)]
+    ranks = {data: index for index, data in enumerate(dict.fromkeys(single + pieces))}
+    whole = tiktoken.Encoding("pieces", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return whole.encode_ordinary(text) == [ranks[piece] for piece in pieces]
 
 
 def _has_long_run(text: str) -> bool:
