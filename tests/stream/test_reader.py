@@ -81,7 +81,7 @@ def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("verify", ["off", "size", "blocks"])
 def test_a_shard_cut_anywhere_is_an_error(tmp_path: Path, verify: str) -> None:
-    """At every member boundary, every 512 bytes, and inside headers and payloads: never a silent short read."""
+    """At member boundaries, every 512 bytes, inside headers and payloads: never a silent short read."""
     index = write_corpus(tmp_path, 64 * 20)
     path = tmp_path / index.shards[1].file
     whole = path.read_bytes()

@@ -21,7 +21,8 @@ from trainer.stream.index import Index
 from trainer.stream.micro import IGNORE, Micro, make_micro
 from trainer.stream.mixture import Mixture
 from trainer.stream.order import SourceOrder
-from trainer.stream.reader import TokenReader, split_directory
+from trainer.stream.reader import TokenReader
+from trainer.stream.store import split_path
 
 __all__ = ["IGNORE", "Batch", "Micro", "TokenBatches"]
 
@@ -193,12 +194,16 @@ class TokenBatches:
         readers = {}
         for name, source in sorted(self.config.named_sources().items()):
             key = f"data.sources.{name}.path" if self.config.sources else "data.train"
-            directory = split_directory(source.path, split)
+            directory = split_path(source.path, split, self.config.cache_dir)
             if split == "val" and source.val:
                 key, directory = key.replace("path", "val").replace("train", "val"), source.val
             if directory is not None:
                 readers[name] = TokenReader(
-                    directory, seq_len=self.seq_len, verify=self.config.verify, where=key
+                    directory,
+                    seq_len=self.seq_len,
+                    verify=self.config.verify,
+                    where=key,
+                    cache_dir=self.config.cache_dir,
                 )
                 self._check_tokenizer(readers[name])
                 if self.config.verify != "off":

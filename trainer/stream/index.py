@@ -132,20 +132,17 @@ class Index:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Index":
-        """Read and check `DIR/index.json`. Raises UserError when it is missing, foreign or inconsistent."""
+        """Read and check the index of a local directory. Raises UserError when it is missing or
+        inconsistent.
+        """
         path = Path(directory) / INDEX_FILE
         try:
-            raw = path.read_bytes()
+            return cls.parse(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path}: not found, so there is no finished data set here: "
                 f"check the path, or run the command that writes the token shards to its end"
             ) from None
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}): check the path and its rights"
-            ) from None
-        return cls.parse(raw, str(path))
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> "Index":
