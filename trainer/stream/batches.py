@@ -18,7 +18,7 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.stream.config import DataConfig
 from trainer.stream.index import Index
-from trainer.stream.micro import IGNORE, Micro, make_micro
+from trainer.stream.micro import IGNORE, Micro, make_micros
 from trainer.stream.mixture import Mixture
 from trainer.stream.order import SourceOrder
 from trainer.stream.reader import TokenReader
@@ -238,29 +238,24 @@ class TokenBatches:
 
     def _share(self, readers: list[TokenReader], source_N: np.ndarray, window_N: np.ndarray) -> list[Micro]:
         """This rank's slice of the sorted rows as micro-batches, equally many on every rank."""
-        count, micro = len(window_N), self.micro_batch
-        begin, end = self.rank * count // self.world, (self.rank + 1) * count // self.world
-        num_micros = -(-count // (self.world * micro))
-        micros = []
-        for m in range(num_micros):
-            rows = slice(min(begin + m * micro, end), min(begin + (m + 1) * micro, end))
-            micros.append(self._micro(readers, source_N[rows], window_N[rows]))
-        return micros
-
-    def _micro(self, readers: list[TokenReader], source_N: np.ndarray, window_N: np.ndarray) -> Micro:
+        count = len(window_N)
+        mine = slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+        source_N, window_N = source_N[mine], window_N[mine]
+        num_micros = -(-count // (self.world * self.micro_batch))
         dtype = max((np.dtype(reader.index.dtype) for reader in readers), key=lambda dtype: dtype.itemsize)
         eos_id = readers[0].index.eos_id
-        window_BW = np.empty((self.micro_batch, self.seq_len + 1), dtype)
-        num_targets_B = np.zeros(self.micro_batch, np.int64)
-        window_BW[len(window_N) :] = eos_id
-        for number in np.unique(source_N):
+        window_NW = np.empty((num_micros * self.micro_batch, self.seq_len + 1), dtype)
+        window_NW[len(window_N) :] = eos_id  # rows without loss, where the rows do not divide evenly
+        num_targets_N = np.zeros(len(window_NW), np.int64)
+        for number, reader in enumerate(readers):
             first, last = np.searchsorted(source_N, [number, number + 1])
-            readers[number].read(window_N[first:last], window_BW[first:last])
-            num_targets_B[first:last] = readers[number].num_targets(window_N[first:last])
-        return make_micro(
-            window_BW,
-            num_targets_B,
+            reader.read(window_N[first:last], window_NW[first:last])
+            num_targets_N[first:last] = reader.num_targets(window_N[first:last])
+        return make_micros(
+            window_NW,
+            num_targets_N,
+            micro_batch=self.micro_batch,
+            num_rows=len(window_N),
             eos_id=eos_id,
             document_mask=self.config.document_mask,
-            num_rows=len(window_N),
         )
