@@ -55,7 +55,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, world: World) -> 
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
         "gradient_clipping": optim.max_grad_norm,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # or stages 1 and 2 would apply a NaN
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW, the same as under FSDP2
@@ -83,8 +83,8 @@ class DeepSpeedEngine(Engine):
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         if self.stage == 3:
-            dtype = config.compute_dtype(world.device)
-            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, mem_efficient_linear=False):
+            # dtype comes from the settings: Init(dtype=torch.float32) quietly means bfloat16 on CPU (0.19.8).
+            with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
                 model = Transformer(model_config)
             # One fetch per block instead of one per linear layer, as FSDP2 does; the compiler then sees no hooks inside.
             set_z3_leaf_modules(model, [Block])
@@ -105,6 +105,8 @@ class DeepSpeedEngine(Engine):
         self.model, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.module: Transformer = self.model.module
         allocate_moments(self.optimizer)
+        wrong = {p.dtype for group in self.optimizer.param_groups for p in group["params"]} - {torch.float32}
+        assert not wrong, f"master weights must be fp32, DeepSpeed made {wrong}"
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -126,20 +128,10 @@ class DeepSpeedEngine(Engine):
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = math.sqrt(squared_norm(grads, self.world.device).item())
         if not math.isfinite(norm):
-            self._drop_gradients()
+            self.model.zero_grad()
             return math.inf
         self.model.step()  # clips with the same norm, updates, drops the gradients
         return norm
-
-    def _drop_gradients(self) -> None:
-        """Throw the accumulated gradients away inside DeepSpeed by making them non-finite: it then skips and clears.
-
-        There is no public call for it; ZeRO-2 and 3 keep reduced gradients in private buckets.
-        """
-        if self.stage == 0:
-            self.model.zero_grad()
-            return
-        self.model.step()
 
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         found = {}

@@ -86,10 +86,6 @@ class Engine(ABC):
         """Clip and apply the accumulated gradient unless it is not finite, then drop it. Returns the norm before clipping."""
 
     @abstractmethod
-    def _drop_gradients(self) -> None:
-        """Forget what was accumulated: the loss was not finite and the step is skipped."""
-
-    @abstractmethod
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         """This rank's ranges of the fp32 master weights (`NAME/param`) and moments (`NAME/exp_avg` ...)."""
 
@@ -106,8 +102,8 @@ class Engine(ABC):
     def train_step(self, micros: Sequence[Micro], loss: LossFunction, lr: float) -> StepResult:
         """One optimizer update from this rank's micro-batches (equally many on every rank).
 
-        A step whose loss or gradient is not finite anywhere is skipped everywhere: both numbers are global when the
-        decision is made, so no rank can decide alone.
+        A step whose loss or gradient is not finite anywhere is skipped everywhere. A non-finite loss makes its own
+        gradient NaN, the gradient norm is global, and the norm decides: no rank can decide alone, and none has to wait.
         """
         started = time.perf_counter()
         counted = self.world.sum_words([sum(m.num_items for m in micros), sum(m.rows_hash for m in micros) % (1 << 64)])
@@ -117,20 +113,15 @@ class Engine(ABC):
         sums: dict[str, Tensor] = {}
         for index, micro in enumerate(micros):
             result = loss(self.model, micro)
-            self._backward(result.total * scale, last=index == len(micros) - 1)
+            poison = result.total.detach() * 0.0  # 0, or NaN where the loss is inf or NaN
+            self._backward(result.total * (scale + poison), last=index == len(micros) - 1)
             _accumulate(sums, {"loss": result.total.detach(), **result.metrics})
         totals = self._reduce(sums)
         backward_done = time.perf_counter()
-        skipped = not math.isfinite(totals["loss"])
-        if skipped:
-            self._drop_gradients()
-            grad_norm = math.inf
-        else:
-            grad_norm = self._update(lr)
-            skipped = not math.isfinite(grad_norm)
+        grad_norm = self._update(lr)
         seconds = {"forward_backward": backward_done - started, "optimizer": time.perf_counter() - backward_done}
         mean = totals.pop("loss") * scale
-        return StepResult(mean, grad_norm, num_items, skipped, f"{batch_hash:016x}", totals, seconds)
+        return StepResult(mean, grad_norm, num_items, not math.isfinite(grad_norm), f"{batch_hash:016x}", totals, seconds)
 
     @torch.no_grad()
     def evaluate(self, micros: Sequence[Micro], loss: LossFunction) -> dict[str, float]:

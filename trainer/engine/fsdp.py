@@ -119,12 +119,9 @@ class FSDPEngine(Engine):
                 torch._foreach_mul_(grads, self.optim.max_grad_norm / (norm + 1e-6))
             self._set_lr(lr)
             self.optimizer.step()
-        self._drop_gradients()
-        return norm if math.isfinite(norm) else math.inf
-
-    def _drop_gradients(self) -> None:
         for param, local in zip(self.params, self.local):
             param.grad = local.grad = None
+        return norm if math.isfinite(norm) else math.inf
 
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         found = {}
