@@ -43,6 +43,7 @@ PREPARED = {
     "slurm",
     "wandb",
 }  # what may lie in a new run directory before its first start
+READER = -1  # the rank of one who only looks
 Share = Callable[[Any], Any]
 """`share(value)` on rank 0 returns `value`; on every other rank, called with None, what rank 0 shared (JSON
 types)."""
@@ -130,6 +131,13 @@ class RunDirectory:
         if share:
             share({"state": run.state, "changes": [[c.key, str(c.old), str(c.new)] for c in run.changes]})
         return run
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RunDirectory":
+        """Looks at a run, also one that is going on, without becoming an attempt of it or writing
+        anything."""
+        path = Path(path)
+        return cls(path, READER, _read_state(path), _read_config(path / "config.yaml"))
 
     @classmethod
     def _open_as_writer(
