@@ -149,7 +149,8 @@ class Generator:
         for index, prompt in enumerate(prompts):
             self._check(index, prompt, room=1)
             room = self.model.config.max_seq_len - len(prompt)
-            limit, reason = min((sampling.max_new_tokens, "length"), (room, "context"))
+            fits = sampling.max_new_tokens <= room
+            limit, reason = (sampling.max_new_tokens, "length") if fits else (room, "context")
             key = keyed.key(seed, "sample", *((index,) if keys is None else keys[index]))
             rows.append(_Row(index, list(prompt), limit, reason, key))
         return rows
@@ -264,6 +265,7 @@ def _view(cache: KVCache, first: int, rows: int, slots: int) -> KVCache:
     view.batch, view.max_len = rows, min(_round_up(slots), cache.max_len)
     view.keys = cache.keys[:, first : first + rows, : view.max_len]
     view.values = cache.values[:, first : first + rows, : view.max_len]
+    view._rows = cache._rows[:rows]
     return view
 
 
