@@ -47,7 +47,7 @@ def test_equals_a_full_forward_for_every_token(variant, sampling):
 
 
 def test_logprobs_are_those_of_the_training_forward(model):
-    """What a policy gradient divides by: the same number from both sides (post_training.md: 1.7e-5 at most)."""
+    """What a policy gradient divides by: the same number from both sides."""
     asked = prompts(6)
     for prompt, done in zip(asked, Generator(model, eos_ids=[]).generate(asked, DRAWN, seed=1)):
         ids = torch.tensor([prompt + done.ids])
