@@ -1,11 +1,14 @@
 """Batches: the same global batch however it is split, resumed or read ahead; masks, padding, evaluation."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from corpora import EOS, FIRST, numbered_row, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainer.errors import UserError
 from trainer.stream.batches import IGNORE, Batch, Micro, TokenBatches
@@ -79,6 +82,36 @@ def test_global_batches_do_not_depend_on_the_split(
         assert len({(b.first_sample, b.num_samples, *b.epochs.values()) for b in batches}) == 1
     for reader in readers:
         reader.close()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_config_reads_the_samples_it_says(mixed: DataConfig, data: st.DataObject) -> None:
+    """Against the rows themselves, without the reader: drawn weights, phases, ramps, splits, lengths and
+    steps.
+    """
+    weights = st.fixed_dictionaries({"web": st.floats(0.1, 1), "code": st.floats(0.1, 1)})
+    starts = sorted(data.draw(st.sets(st.integers(0, 400), max_size=3), "phase starts"))
+    changes = sorted(data.draw(st.sets(st.integers(0, 12), max_size=3), "ramp steps"))
+    config = DataConfig(
+        sources=mixed.sources,
+        weight_schedule=[WeightPhase(start, data.draw(weights)) for start in starts],
+        batch_ramp=[BatchPhase(step, data.draw(st.integers(1, 40))) for step in changes],
+        shuffle_blocks=data.draw(st.integers(1, 50)),
+    )
+    seq_len = data.draw(st.sampled_from([1, 2, 8, 16, 32, 64]))
+    world, step = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 15))
+    options = {"world": world, "micro_batch": data.draw(st.integers(1, 9)), "seq_len": seq_len, "seed": 9}
+    ranks = [token_batches(config, rank=rank, **options) for rank in range(world)]
+    got, _, _ = global_batch([rank.batch(step) for rank in ranks])
+
+    corpora = {name: numbered_row(size, 10**6) for name, size in (("web", WEB_TOKENS), ("code", CODE_TOKENS))}
+    expected: Counter[tuple[int, ...]] = Counter()
+    for sample in range(ranks[0].consumed(step), ranks[0].consumed(step + 1)):
+        name, _, window = ranks[0].mixture.locate(sample)
+        row = corpora[name][window * seq_len : (window + 1) * seq_len].tolist()
+        expected[tuple(row + [EOS] * (seq_len - len(row)))] += 1
+    assert got == expected
 
 
 def test_resume_on_another_world_reads_on_where_it_stopped(mixed: DataConfig, reference: list) -> None:
@@ -245,7 +278,7 @@ def test_a_model_with_too_few_ids_is_refused(tmp_path: Path) -> None:
 
 def test_state_refuses_another_past_and_allows_another_future(mixed: DataConfig, tmp_path: Path) -> None:
     one = token_batches(mixed)
-    state = one.state(5)
+    state = json.loads(json.dumps(one.state(5)))  # as it comes back from a checkpoint
     assert state["consumed"] == 24 * 3 + 36 * 2
     one.check_state(state, 5)
 

@@ -196,7 +196,8 @@ class TokenBatches:
             key = f"data.sources.{name}.path" if self.config.sources else "data.train"
             directory = split_path(source.path, split, self.config.cache_dir)
             if split == "val" and source.val:
-                key, directory = key.replace("path", "val").replace("train", "val"), source.val
+                key = key.replace("path", "val").replace("train", "val")
+                directory = split_path(source.val, split, self.config.cache_dir) or source.val
             if directory is not None:
                 readers[name] = TokenReader(
                     directory,

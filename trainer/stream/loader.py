@@ -1,9 +1,10 @@
 """Read ahead: compute the batches of the coming steps while the model trains on this one.
 
-Threads, not processes. A batch costs 0.2-1 ms of numpy and hashing, nearly all of it outside the interpreter
-lock, so one thread hides it; a worker process would have to pickle every batch into shared memory, must not
-be forked after CUDA or with our signal handlers installed, and can be left behind by a crash. Measured
-figures: `tests/bench/bench_stream.py`.
+Threads, not processes. A batch costs about 1 ms of numpy and hashing. A worker process has to send it
+through shared memory (on 2 busy cores a step then waited 7-13 ms for a torch DataLoader worker, 0.7-3 ms for
+a thread, and 1.5 ms when nothing was read ahead), must not be forked after CUDA or with our signal handlers
+installed, and can be left behind by a crash. What a thread costs is the interpreter lock for up to 1 ms a
+step. Figures of this machine: `tests/bench/bench_stream.py`.
 """
 
 from collections import deque

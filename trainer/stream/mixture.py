@@ -69,7 +69,7 @@ class Mixture:
         for number, (start, weights) in enumerate(schedule):
             if self.phases:
                 base = self.counters(start)
-            slots = slots_per_cycle(weights, f"the weights from sample {start} on")
+            slots = slots_per_cycle(weights, f"data.sources, weights from sample {start} on")
             shares = tuple(slots.get(source.name, 0) for source in self.sources)
             self.phases.append(Phase(number, start, shares, tuple(base)))
 
