@@ -15,13 +15,10 @@ the others are announced and recorded. Rank 0 writes; the other ranks learn from
 
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import secrets
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,10 +30,10 @@ import yaml
 from trainer.changes import Change, compare, refuse, refuse_lineage
 from trainer.errors import UserError
 from trainer.observe.files import LineFile, explained, fsync_directory, replace_text
+from trainer.observe.provenance import code_version, versions
 from trainer.observe.secrets import redact
 
 FORMAT = "trivium-run-1"
-PACKAGES = ("trivium", "torch", "deepspeed", "numpy", "triton", "wandb")
 PREPARED = {
     "config.yaml",
     "logs",
@@ -53,32 +50,6 @@ def config_hash(config: dict[str, Any]) -> str:
     """16 hex digits of a resolved config, equal on all ranks or the launch is wrong (another file, another
     env)."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def code_version() -> dict[str, Any]:
-    """{"commit", "dirty"} of the source tree this module was imported from; {} outside a git checkout."""
-    here = Path(__file__).parent
-    try:
-        commit, status = (
-            subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.TimeoutExpired):  # no git on this node, or a slow file system
-        return {}
-    if commit.returncode or status.returncode:
-        return {}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def versions() -> dict[str, str]:
-    """Versions of python and the packages whose change could change results, read without importing them."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

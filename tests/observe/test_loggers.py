@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.observe.console import PlainConsole, duration, make_console, printable, short_number
+from trainer.observe.console import PlainConsole, duration, make_console, printable, short_number, summary
 from trainer.observe.files import read_lines
 from trainer.observe.loggers import JsonlLogger, LoggerConfig, Loggers, NoLogger, make_loggers, read_metrics
 from trainer.run import RunDirectory
@@ -167,6 +167,17 @@ def test_short_forms():
         "30T",
     ]
     assert [duration(x) for x in (0.4, 65, 3725, 90000)] == ["0s", "1m05s", "1h02m", "1d01h"]
+
+
+def test_beside_the_bar_on_80_columns_the_line_is_short():
+    metrics = {
+        "train/loss": 3.5,
+        "train/grad_norm": 1.0,
+        "train/lr": 1e-4,
+        "speed/tokens_per_s": 1e5,
+        "speed/mfu": 0.4,
+    }
+    assert summary(metrics, 10**6, short=True) == "loss 3.5000  tok/s 100k  mfu 40.0%"
 
 
 LIVE = """

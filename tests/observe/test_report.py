@@ -90,9 +90,9 @@ def test_the_page_of_a_finished_run_has_all_of_its_life(tmp_path):
     page = Page((run.path / "report.html").read_text())
     assert page.tags.count("svg") == 6
     for text in (
-        "pretrain · done", "60 / 60", "bits per byte", "where the time of a step goes", "10 steps trained twice",
-        "killed", "lr: 0.1 -> 0.2", "f00d", "c60·[2J&", "<script>alert(1)</script>", "score: 1", "1.4000",
-        "config.yaml",
+        "pretrain · done", "60 / 60", "bits per byte", "where the time of a step goes",
+        "10 steps trained twice", "killed", "lr: 0.1 -> 0.2", "f00d", "c60·[2J&", "score: 1", "1.4000",
+        "<script>alert(1)</script>", "config.yaml",
     ):  # fmt: skip
         assert text in page.text, text
     assert "script" not in page.tags

@@ -47,9 +47,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def summary(metrics: dict[str, Number], tokens: int) -> str:
-    """The few numbers worth a line, in words: `loss 3.2104  grad 0.91  ...`; leaves out what the step does
-    not have."""
+def summary(metrics: dict[str, Number], tokens: int, short: bool = False) -> str:
+    """The few numbers worth a line, in words: `loss 3.2104  grad 0.91 ...`; leaves out what the step does not
+    have. `short`: what fits beside a progress bar on 80 columns."""
     fields: list[tuple[str, str, Callable[[float], str]]] = [
         ("loss", "train/loss", lambda v: f"{v:.4f}"),
         ("val bpb", "val/bpb", lambda v: f"{v:.4f}"),
@@ -63,8 +63,13 @@ def summary(metrics: dict[str, Number], tokens: int) -> str:
         ("tok/s", "speed/tokens_per_s", short_number),
         ("mfu", "speed/mfu", lambda v: f"{v:.1%}"),
     ]
-    parts = [f"{label} {form(float(metrics[name]))}" for label, name, form in fields if name in metrics]
-    return "  ".join([*parts, f"tokens {short_number(tokens)}"])
+    left_out = {"val bpb", "val loss", "acc", "length", "grad", "lr"} if short else set()
+    parts = [
+        f"{label} {form(float(metrics[name]))}"
+        for label, name, form in fields
+        if name in metrics and label not in left_out
+    ]
+    return "  ".join(parts if short else [*parts, f"tokens {short_number(tokens)}"])
 
 
 class PlainConsole(NoLogger):
@@ -135,7 +140,7 @@ class RichConsole(PlainConsole):
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self._console.width >= 100 else 14),
             TextColumn("{task.fields[line]}", markup=False),
             console=self._console,
             refresh_per_second=4,
@@ -145,8 +150,10 @@ class RichConsole(PlainConsole):
         atexit.register(self._progress.stop)  # a crash that skips close() must not leave the cursor hidden
 
     def log(self, step: int, tokens: int, metrics: dict[str, Number]) -> None:
-        left = self._left(step)
-        self._progress.update(self._task, completed=step, line=f"{summary(metrics, tokens)}  left {left}")
+        left, short = self._left(step), self._console.width < 120
+        self._progress.update(
+            self._task, completed=step, line=f"{summary(metrics, tokens, short)}  left {left}"
+        )
         if any(name.startswith("val/") for name in metrics):
             self._console.print(Text(f"step {step}  {summary(metrics, tokens)}", style="bold"))
 
