@@ -104,9 +104,13 @@ class DeepSpeedEngine(Engine):
         self.optimizer = build_adamw(groups, optim)
         self.model, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.module: Transformer = self.model.module
-        allocate_moments(self.optimizer)
-        wrong = {p.dtype for group in self.optimizer.param_groups for p in group["params"]} - {torch.float32}
+        # What AdamW really updates: ZeRO replaces the parameters by flat fp32 partitions (stage 3 empties the groups).
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.stage == 3:
+            masters = list(self.zero.fp32_partitioned_groups_flat)
+        wrong = {master.dtype for master in masters} - {torch.float32}
         assert not wrong, f"master weights must be fp32, DeepSpeed made {wrong}"
+        allocate_moments(self.optimizer, masters)
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:

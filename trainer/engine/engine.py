@@ -154,7 +154,7 @@ class Engine(ABC):
         for name, shard in shards.items():
             shard.local.copy_(
                 init_range(
-                    self.model_config, name.removesuffix("/param"), shard.shape, shard.start, shard.local.numel(), seed,
+                    self.model_config, name.removesuffix("/param"), shard.whole_shape, shard.start, shard.local.numel(), seed,
                     shard.local.device,
                 )
             )  # fmt: skip
@@ -172,8 +172,8 @@ class Engine(ABC):
             shard = shards.get(f"{name}/param")
             if shard is None:
                 raise ValueError(f"weights hold {name}, which this model does not have")
-            if tuple(tensor.shape) != tuple(shard.shape):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)} there and {tuple(shard.shape)} in this model")
+            if tuple(tensor.shape) != tuple(shard.whole_shape):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)} there and {tuple(shard.whole_shape)} in this model")
             shard.local.copy_(tensor.flatten()[shard.start : shard.start + shard.local.numel()])
             missing.discard(f"{name}/param")
         if missing:

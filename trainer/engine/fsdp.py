@@ -92,7 +92,7 @@ class FSDPEngine(Engine):
             {"params": [t for t, p in zip(self.local, self.params) if not decays(p.shape)], "weight_decay": 0.0},
         ]
         self.optimizer = build_adamw(groups, optim)
-        allocate_moments(self.optimizer)
+        allocate_moments(self.optimizer, self.local)
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:

@@ -116,13 +116,12 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
     )
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+def allocate_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
     """Create zero moments now instead of at the first step, so that a checkpoint can be read into them."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not optimizer.state[param]:
-                step = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
-                optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param) for name in MOMENTS}}
+    fused = optimizer.defaults["fused"]
+    for tensor in tensors:
+        step = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
+        optimizer.state[tensor] = {"step": step, **{name: torch.zeros_like(tensor) for name in MOMENTS}}
 
 
 def updates_done(optimizer: torch.optim.Optimizer) -> int:

@@ -12,22 +12,32 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 
-class FlatRange:
-    """Elements `start .. start+len(local)-1` of a flattened tensor of `shape`.
+class FlatRange(Tensor):
+    """Elements `start .. start+len(local)-1` of a flattened tensor of `shape`; shares memory with `local`.
 
     The dunder methods are torch.distributed.checkpoint's `_Checkpointable` protocol: it asks an object which chunk of
     the global (here 1-D) tensor it holds, writes that, and at load cuts and joins chunks as the reader's ranges need.
+    The planner asks only tensors for shards, hence the subclass; `local` is the plain tensor to compute with.
     """
 
-    def __init__(self, local: Tensor, start: int, shape: Sequence[int]):
+    start: int
+    whole_shape: torch.Size
+
+    @staticmethod
+    def __new__(cls, local: Tensor, start: int, shape: Sequence[int]) -> "FlatRange":
         if local.dim() != 1:
             raise ValueError(f"a flat range is 1-D, got shape {tuple(local.shape)}")
-        self.local = local.detach()
-        self.start = start if local.numel() else 0
-        self.shape = torch.Size(shape)
+        held: FlatRange = torch.Tensor._make_subclass(cls, local.detach())
+        held.start = start if local.numel() else 0
+        held.whole_shape = torch.Size(shape)
+        return held
 
-    def size(self) -> torch.Size:
-        return torch.Size([self.shape.numel()])
+    @property
+    def local(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def size(self, *_dims: int) -> torch.Size:  # type: ignore[override]
+        return torch.Size([self.whole_shape.numel()])
 
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.local.numel()]))
