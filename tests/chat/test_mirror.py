@@ -215,3 +215,14 @@ def test_any_merges_give_the_ids_of_tokenizers(merges, ignore_merges, extra, tex
 
 def test_the_property_above_saw_both_kinds():
     assert min(MIRRORED.values()) > 20
+
+
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, LLAMA3])
+def test_both_engines_cut_every_kind_of_character_alike(pattern):
+    """Letters, digits and spaces at the edge of words, numbers and runs. (All of Unicode agreed, once.)"""
+    hf = HF(models.BPE())
+    hf.pre_tokenizer = split(pattern)
+    rest = [*range(0x2100, 0xD800, 29), *range(0xE000, 0x34000, 29), *range(0xE0000, 0xE0200, 5)]
+    for codes in (range(0x1000), range(0x1000, 0x2100), rest):
+        text = "".join(f"a{char}b 1{char}2 {char}{char}x " for char in map(chr, codes))
+        assert mirror._cut_alike(pattern, hf, text)
