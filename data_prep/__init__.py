@@ -1,0 +1,1 @@
+"""Raw web pages in, clean documents, a tokenizer and token shards out: `trivium data`."""
