@@ -29,7 +29,10 @@ VARIANTS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_embeddings": True, "rope_theta": 500000.0}),
     "llama-rope-llama3": ("Llama", {"rope_scaling": LLAMA3, "head_dim": 16}),
-    "llama-rope-linear": ("Llama", {"rope_scaling": RopeScaling("linear", factor=2.0, original_max_seq_len=256)}),
+    "llama-rope-linear": (
+        "Llama",
+        {"rope_scaling": RopeScaling("linear", factor=2.0, original_max_seq_len=256)},
+    ),
     "qwen3-rope-yarn": ("Qwen3", {"rope_scaling": RopeScaling("yarn", 4.0, 64), "qk_norm": True}),
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"qkv_bias": True, "tie_embeddings": True, "norm_eps": 1e-6, "rope_theta": 1e6}),
@@ -140,7 +143,11 @@ def byte_tokenizer(directory: Path) -> Path:
         [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")]
     )
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|pad|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "trivium.json").write_text("{}")
     return directory
@@ -151,7 +158,11 @@ def test_export_carries_the_tokenizer_and_the_chat_template(tmp_path: Path):
     source = byte_tokenizer(tmp_path / "tokenizer")
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     out = export_hf(
-        config, our_model(config).named_parameters(), tmp_path / "out", tokenizer_dir=source, chat_template=template
+        config,
+        our_model(config).named_parameters(),
+        tmp_path / "out",
+        tokenizer_dir=source,
+        chat_template=template,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("naïve 世界")["input_ids"]

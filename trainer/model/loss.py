@@ -32,7 +32,7 @@ def _chunk_logprobs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
 def _accumulate(total: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
     """total_VD += dlogits^T @ hidden, summed in fp32 over chunks."""
     if total.dtype == dlogits_CV.dtype:
-        total.addmm_(dlogits_CV.t(), hidden_CD)
+        torch.addmm(total, dlogits_CV.t(), hidden_CD, out=total)  # torch's FLOP counter misses `addmm_`
     else:
         total.add_(dlogits_CV.t() @ hidden_CD)
 

@@ -6,7 +6,9 @@ it. A block takes all it needs as arguments, and casts side inputs itself: FSDP2
 DeepSpeed in fp32.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +104,17 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = Head(config)
-        if config.tie_embeddings:
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
             self.embed.weight = self.head.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Ties again what `to_empty`, which makes a new Parameter for every name, has torn apart."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     def forward(
         self,
