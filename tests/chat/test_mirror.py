@@ -164,6 +164,22 @@ def test_added_tokens_that_are_not_special_are_not_recognised_either(tmp_path):
         assert tokenizer.decode([tokenizer.special["<think>"]]) == "<think>"
 
 
+def test_added_runs_of_spaces_are_text(tmp_path):
+    """GPT-NeoX adds them after training; without them its texts would get ids it never saw."""
+    hf = train(split(LLAMA3))
+    hf.add_tokens([AddedToken(" " * count, special=False, normalized=False) for count in (2, 3, 4)])
+    hf.add_tokens([AddedToken("<tool>", special=False)])
+    tokenizer = saved(hf, tmp_path)
+    text = "if x:\n    return  y   # <to"
+    ids = tokenizer.encode(text)
+    assert ids == hf.encode(text).ids
+    assert {hf.token_to_id(" " * count) for count in (2, 3, 4)} <= set(ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text)
+    assert set(tokenizer.special) == {"<|endoftext|>", "<tool>"}
+    assert tokenizer.special["<tool>"] not in tokenizer.encode("  <tool>  ")
+
+
 def abc_tokenizer(
     merges: list[tuple[str, str]], ignore_merges: bool, extra: list[str], directory: Path
 ) -> Tokenizer:

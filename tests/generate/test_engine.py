@@ -19,6 +19,7 @@ VARIANTS = {
     "window": {"sliding_window": 7},
     "llama3 rope": {"rope_scaling": RopeScaling(factor=4.0, original_max_seq_len=32)},
     "mha": {"num_kv_heads": 4, "head_dim": 16},
+    "flex": {"attention": "flex"},
 }
 
 
@@ -157,6 +158,13 @@ def test_next_logits(model):
     torch.testing.assert_close(
         Generator(model, eos_ids=[]).next_logits(prompt), model(torch.tensor([prompt])).detach()[0, -1]
     )
+
+
+def test_low_precision_weights_keep_a_cache_of_their_kind():
+    model = tiny().bfloat16()
+    done = Generator(model, eos_ids=[]).generate(prompts(4), DRAWN, seed=0)
+    assert [len(row.ids) for row in done] == [20] * 4
+    assert done[0].ids == Generator(model, eos_ids=[]).generate(prompts(1), DRAWN, seed=0)[0].ids
 
 
 def test_nothing_asked_nothing_done(model):

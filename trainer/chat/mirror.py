@@ -75,14 +75,23 @@ def is_byte_level(spec: dict[str, Any]) -> bool:
     return any(step.get("type") == "ByteLevel" for step in steps)
 
 
+def is_text(added: dict[str, Any]) -> bool:
+    """Whether an added token is ordinary text: GPT-NeoX adds runs of spaces, which nobody could forge."""
+    return not added.get("special") and added["content"].isspace()
+
+
 def without_specials(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer, which does not know its added tokens: no text can be read as one of them."""
+    """The same tokenizer, which does not know its special tokens: no text can be read as one of them."""
     model = dict(spec["model"])
-    added = {token["content"] for token in spec.get("added_tokens", [])} - {model.get("unk_token")}
+    kept = [token for token in spec.get("added_tokens", []) if is_text(token)]
+    special = [token for token in spec.get("added_tokens", []) if not is_text(token)]
+    added = {token["content"] for token in special} - {model.get("unk_token")}
     in_merges = {part for pair in pairs(model) for part in (*pair, "".join(pair))} & added
-    model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in added or text in in_merges}
+    vocab = {text: i for text, i in model["vocab"].items() if text not in added or text in in_merges}
+    # `tokenizers` gives an added token a new id, whatever the file says, unless the vocabulary has it.
+    model["vocab"] = vocab | {token["content"]: token["id"] for token in kept}
     cleared = dict.fromkeys(("post_processor", "truncation", "padding"))
-    return {**spec, **cleared, "model": model, "added_tokens": []}
+    return {**spec, **cleared, "model": model, "added_tokens": kept}
 
 
 def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -131,6 +140,8 @@ def build(spec: dict[str, Any], hf: tokenizers.Tokenizer) -> tuple[tiktoken.Enco
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             return None, f"model.{name}={model[name]}"
+    if spec["added_tokens"]:
+        return None, "added tokens that are ordinary text"
     pattern = _pattern(spec)
     if pattern is None:
         return None, "the pre-tokenizer is not one regular expression and ByteLevel"

@@ -62,17 +62,20 @@ class Tokenizer:
         spec = _parse(self.directory / "tokenizer.json", raw)
         vocab: dict[str, int] = spec["model"]["vocab"]
         added = spec.get("added_tokens", [])
-        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
-        self.vocab_size = max([*vocab.values(), *self.special.values()], default=-1) + 1
+        spaces = {token["content"]: token["id"] for token in added if mirror.is_text(token)}
+        self.special: dict[str, int] = {
+            token["content"]: token["id"] for token in added if not mirror.is_text(token)
+        }
+        self.vocab_size = max([*vocab.values(), *(token["id"] for token in added)], default=-1) + 1
 
         self._byte_level = mirror.is_byte_level(spec)
         special_ids = set(self.special.values())
         self._bytes: list[bytes | None] = [None] * self.vocab_size  # None: no such id
         for text, index in vocab.items():
             self._bytes[index] = mirror.token_to_bytes(text, self._byte_level)
-        for text, index in self.special.items():
+        for text, index in (self.special | spaces).items():
             self._bytes[index] = text.encode()
-        ordinary = {index for index in vocab.values() if index not in special_ids}
+        ordinary = {*vocab.values(), *spaces.values()} - special_ids
         self._sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for index in ordinary:
             self._sizes[index] = len(self._bytes[index] or b"")
