@@ -2,7 +2,7 @@
 
 from trainer.engine.config import ZERO_KINDS, EngineConfig
 from trainer.engine.engine import Engine
-from trainer.engine.optim import OptimConfig
+from trainer.engine.schedule import OptimConfig
 from trainer.engine.world import World
 from trainer.model.config import ModelConfig
 

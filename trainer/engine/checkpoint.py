@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
 
+from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.engine.engine import Engine
 from trainer.engine.ranges import FlatRange
 from trainer.engine.storage import INDEX, RangeReader, RangeWriter, read_index
@@ -32,23 +33,6 @@ from trainer.errors import UserError
 
 MARKER = "COMMITTED"
 NAME = re.compile(r"step-(\d{8,})$")
-
-
-@dataclass
-class CheckpointConfig:
-    """When to save (besides the last step and every agreed stop) and what to keep."""
-
-    every: int = 1000  # steps; 0 saves only at the end and on a stop
-    keep_last: int = 2
-    keep_every: int = 0  # steps; these are kept for good. 0: none
-
-    def validate(self) -> None:
-        if self.every < 0:
-            raise UserError(f"checkpoint.every={self.every}: must be >= 0 steps (0: only at the end)")
-        if self.keep_last < 2:
-            raise UserError(f"checkpoint.keep_last={self.keep_last}: must be >= 2, or a bad disk block can cost the run")
-        if self.keep_every < 0:
-            raise UserError(f"checkpoint.keep_every={self.keep_every}: must be >= 0 steps (0: keep none for good)")
 
 
 def directory_of(root: Path, step: int) -> Path:
@@ -114,7 +98,7 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], extra: di
     if world.is_main:
         try:
             whole = {
-                **state, "step": step, "updates": engine.updates, "model": _plain(engine.model_config),
+                **state, "step": step, "updates": engine.updates, "model": asdict(engine.model_config),
                 "engine": engine.config.kind, "world": world.size, "format": "trivium-checkpoint-1",
                 "shapes": {n.removesuffix("/param"): list(r.whole_shape) for n, r in engine.shards(moments=False).items()},
             }  # fmt: skip
@@ -126,12 +110,6 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], extra: di
             failure = str(error)
     _raise_together(engine, failure, root, working)
     return final
-
-
-def _plain(config: Any) -> Any:
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def _commit(working: Path, final: Path, files: dict[str, Any]) -> None:

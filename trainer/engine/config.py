@@ -1,15 +1,16 @@
 """Which back end shards the model, in what precision, and what is traded for memory."""
 
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 FSDP_KINDS = ("ddp", "fsdp", "hsdp")
 ZERO_KINDS = ("zero0", "zero1", "zero2", "zero3")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -52,7 +53,10 @@ class EngineConfig:
             # DeepSpeed's stage 0 in bf16 keeps no fp32 gradient sum, so it could not agree with the others.
             raise UserError("engine.dtype=bfloat16: engine=zero0 has no fp32 gradient sum; use engine=ddp or engine=zero1")
 
-    def compute_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return DTYPES[self.dtype]
+    def compute_dtype(self, device: "torch.device") -> "torch.dtype":
+        import torch  # late: composing a config takes no torch
+
+        name = self.dtype
+        if name == "auto":
+            name = "bfloat16" if device.type == "cuda" else "float32"
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.engine.config import EngineConfig
-from trainer.engine.optim import OptimConfig, set_updates_done, updates_done
+from trainer.engine.optim import set_updates_done, updates_done
 from trainer.engine.ranges import FlatRange
+from trainer.engine.schedule import OptimConfig
 from trainer.engine.world import World
 from trainer.model.config import ModelConfig
 from trainer.model.init import init_range

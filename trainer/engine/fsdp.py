@@ -17,8 +17,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from trainer.engine.config import EngineConfig
 from trainer.engine.engine import Engine
-from trainer.engine.optim import MOMENTS, OptimConfig, allocate_moments, build_adamw, decays, squared_norm
+from trainer.engine.optim import MOMENTS, allocate_moments, build_adamw, decays, squared_norm
 from trainer.engine.ranges import FlatRange
+from trainer.engine.schedule import OptimConfig
 from trainer.engine.world import World
 from trainer.engine.wrap import wrap_blocks
 from trainer.errors import UserError
