@@ -106,7 +106,7 @@ def large_named(name: str) -> SourceOrder:
 
 
 PINNED_SMALL = [21, 20, 22, 15, 7, 14]
-PINNED_LARGE = [219497349090, 846268315814, 266095754330]
+PINNED_LARGE = [175107742766, 880405315985, 731089559677]
 PINNED_SOURCES = ["web", "web", "web", "web", "web", "code", "web", "web", "web", "web", "code", "web"]
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.stream import store as store_module
 from trainer.stream.batches import TokenBatches
 from trainer.stream.config import DataConfig, SourceConfig
 from trainer.stream.reader import TokenReader
+from trainer.stream.store import RemoteStore
 
 BLOCKS = 20
 
@@ -82,6 +84,16 @@ def test_only_touched_blocks_are_fetched_and_only_once_a_node(
     read(reader_of(tmp_path), [3, 12])
     assert len(fetched) == 3
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.glob("*.tar")) < 64 * 1024
+
+
+def test_the_cache_tells_urls_and_versions_apart(bucket: MemoryFileSystem, tmp_path: Path) -> None:
+    reader = reader_of(tmp_path)
+    shard, store = reader.index.shards[0], reader.store
+    other_url = RemoteStore("memory://data/code/train", str(tmp_path))
+    assert isinstance(store, RemoteStore)
+    names = {store.cached(shard), other_url.cached(shard), store.cached(replace(shard, xxh3="0" * 16))}
+    assert len(names) == 3
+    assert store.cached(shard) == RemoteStore("memory://data/web/train/", str(tmp_path)).cached(shard)
 
 
 def test_a_half_written_block_in_the_cache_is_fetched_again(bucket: MemoryFileSystem, tmp_path: Path) -> None:

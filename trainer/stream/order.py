@@ -15,6 +15,7 @@ the last group of each epoch, which costs nothing in randomness (it is one block
 arithmetic.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,24 +45,23 @@ def permutation_table(n: int, key: int) -> np.ndarray:
 def permute(x_N: np.ndarray, n: int, key: int) -> np.ndarray:
     """Keyed bijection of [0, n): int64 [N] positions -> int64 [N] images. Needs 0 <= x < n.
 
-    Above TABLE_LIMIT: an alternating Feistel network (Luby, Rackoff 1988) over the next power of two with
-    splitmix64 as round function; images outside [0, n) walk on through the network until they fall inside,
-    at most two passes on average.
+    Above TABLE_LIMIT: a Feistel network (Luby, Rackoff 1988) with splitmix64 as round function, over a grid
+    of about sqrt(n) times sqrt(n) numbers with modular addition instead of exclusive or. The grid is larger
+    than n by at most sqrt(n) numbers: the few images that fall outside [0, n) walk on through the network
+    until they are inside.
     """
     if n <= TABLE_LIMIT:
         return permutation_table(n, key)[x_N]
-    bits = (n - 1).bit_length()
-    low_bits = bits // 2
-    shift = np.uint64(low_bits)
-    low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << (bits - low_bits)) - 1)
+    rows = math.isqrt(n - 1) + 1
+    high_mod, low_mod, one = np.uint64(rows), np.uint64(-(-n // rows)), np.uint64(1)
     round_keys = [np.uint64((key + i * GOLDEN) & (1 << 64) - 1) for i in range(FEISTEL_ROUNDS)]
 
     def network(value_N: np.ndarray) -> np.ndarray:
-        high_N, low_N = value_N >> shift, value_N & low_mask
+        high_N, low_N = np.divmod(value_N, low_mod)
         for i in range(0, FEISTEL_ROUNDS, 2):
-            high_N = high_N ^ (mix64(low_N + round_keys[i]) & high_mask)
-            low_N = low_N ^ (mix64(high_N + round_keys[i + 1]) & low_mask)
-        return (high_N << shift) | low_N
+            high_N = (high_N + (mix64(low_N + round_keys[i]) >> one)) % high_mod
+            low_N = (low_N + (mix64(high_N + round_keys[i + 1]) >> one)) % low_mod
+        return high_N * low_mod + low_N
 
     image_N = network(np.asarray(x_N).astype(np.uint64))
     outside_K = np.flatnonzero(image_N >= np.uint64(n))
