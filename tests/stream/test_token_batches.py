@@ -243,6 +243,19 @@ def test_no_validation_split_says_how_to_give_one(tmp_path: Path) -> None:
         one.eval_batches(4)
 
 
+def test_a_val_split_can_be_read_like_a_train_split(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a" / "train", 1000)
+    write_corpus(tmp_path / "a" / "val", 64 * 6, document=10**6)
+    one = token_batches(DataConfig(train=str(tmp_path / "a")), split="val")
+    seen = Counter(m.tokens_BT[i, 0].item() - FIRST for m in one.batch(0).micros for i in range(2))
+    assert seen == Counter(range(0, 64 * 6, SEQ_LEN))
+    write_corpus(tmp_path / "b", 1000)
+    sources = {name: SourceConfig(str(tmp_path / name)) for name in "ab"}
+    with pytest.raises(UserError, match=r"b: holds no val/index\.json"):
+        token_batches(DataConfig(sources=sources), split="val")
+    assert sum(rows(token_batches(DataConfig(sources=sources)).eval_batches(100)).values()) == 24
+
+
 def test_consumed_is_the_sum_of_the_ramp(mixed: DataConfig) -> None:
     one = token_batches(mixed)
     sizes = [24, 24, 24, 36, 36, 36, *[24] * 20]

@@ -74,6 +74,11 @@ class TokenBatches:
         self.rank, self.world = rank, world
         self.vocab_size, self.tokenizer_sha256 = vocab_size, tokenizer_sha256
         self.readers = self._open(split)
+        for name, source in config.named_sources().items():
+            if name not in self.readers:
+                raise UserError(
+                    f"{source.path}: holds no {split}/index.json: write that split or name it with a val key"
+                )
         self._val: dict[str, TokenReader] | None = None
         orders = [
             SourceOrder(name, seed, reader.num_windows, reader.windows_per_block, config.shuffle_blocks)
@@ -184,20 +189,21 @@ class TokenBatches:
         past = [[start, weights] for start, weights in state["schedule"] if start < max(1, state["consumed"])]
         if [phase for phase in here["schedule"] if phase[0] < max(1, state["consumed"])] != past:
             raise UserError(
-                f"data.weight_schedule: the weights of samples before {state['consumed']} were {past}: keep "
-                f"them and add "
-                f"a phase with start_sample={state['consumed']} or later"
+                f"data.weight_schedule: the weights of samples before {state['consumed']} were {past}: "
+                f"keep them and add a phase with start_sample={state['consumed']} or later"
             )
 
     def _open(self, split: str) -> dict[str, TokenReader]:
         """Readers of every source that has this split, sorted by name."""
         readers = {}
         for name, source in sorted(self.config.named_sources().items()):
-            key = f"data.sources.{name}.path" if self.config.sources else "data.train"
-            directory = split_path(source.path, split, self.config.cache_dir)
+            several = f"data.sources.{name}." if self.config.sources else ""
             if split == "val" and source.val:
-                key = key.replace("path", "val").replace("train", "val")
+                key = several + "val" if several else "data.val"
                 directory = split_path(source.val, split, self.config.cache_dir) or source.val
+            else:
+                key = several + "path" if several else "data.train"
+                directory = split_path(source.path, split, self.config.cache_dir)
             if directory is not None:
                 readers[name] = TokenReader(
                     directory,
@@ -217,8 +223,7 @@ class TokenBatches:
         if index.tokenizer_sha256 != wanted:
             raise UserError(
                 f"{where}: written with another tokenizer (sha256 {index.tokenizer_sha256[:12]}, not "
-                f"{wanted[:12]}): "
-                f"use the tokenizer of the data, or encode the data again"
+                f"{wanted[:12]}): use the tokenizer of the data, or encode the data again"
             )
         self.tokenizer_sha256 = wanted  # the sources of one run must agree among themselves, too
         if self.vocab_size is not None and index.vocab_size > self.vocab_size:
