@@ -196,6 +196,7 @@ class TokenBatches:
     def _open(self, split: str) -> dict[str, TokenReader]:
         """Readers of every source that has this split, sorted by name."""
         readers = {}
+        directory: str | None
         for name, source in sorted(self.config.named_sources().items()):
             several = f"data.sources.{name}." if self.config.sources else ""
             if split == "val" and source.val:
