@@ -1,10 +1,12 @@
-"""Pools of real gloo ranks for the tests: each process imports torch and DeepSpeed once and then runs functions.
+"""Pools of real gloo ranks for the tests: each process imports torch and DeepSpeed once and then runs
+functions.
 
     results = ranks.run(2, function, argument, ...)     # function(world, argument, ...) on ranks 0 and 1
 
-One pool per world size, whose process group stays open: DeepSpeed keeps module-level groups and hangs when the world
-changes under it. The function must stand at the top of a module; it and its arguments travel by pickle. A rank that
-raises fails the test with its traceback; a rank that hangs is killed after `timeout` seconds and its stacks are shown.
+One pool per world size, whose process group stays open: DeepSpeed keeps module-level groups and hangs when
+the world changes under it. The function must stand at the top of a module; it and its arguments travel by
+pickle. A rank that raises fails the test with its traceback; a rank that hangs is killed after `timeout`
+seconds and its stacks are shown.
 """
 
 import faulthandler

@@ -20,7 +20,8 @@ COMMANDS = {
 def overview() -> str:
     rows = "\n".join(f"  trivium {name:10}{what}" for name, (_, what) in COMMANDS.items())
     return (
-        f"Trivium {__version__}: one engine for pretraining, fine-tuning and practice with rewards\n\n{rows}\n\n"
+        f"Trivium {__version__}: one engine for pretraining, fine-tuning and practice with rewards"
+        f"\n\n{rows}\n\n"
         f"`trivium COMMAND --help` says more. First time here: make quickstart"
     )
 

@@ -1,7 +1,9 @@
-"""Command line -> one typed, checked config per stage: Hydra composes, dataclasses type, `validate()` crosses the fields.
+"""Command line -> one typed, checked config per stage: Hydra composes, dataclasses type, `validate()`
+crosses the fields.
 
-Each dataclass lives beside the code that it configures; this file only assembles them. Hydra's compose API is used
-instead of `@hydra.main`, so Hydra owns no directory, no working directory and no log: every rank composes the same.
+Each dataclass lives beside the code that it configures; this file only assembles them. Hydra's compose API
+is used instead of `@hydra.main`, so Hydra owns no directory, no working directory and no log: every rank
+composes the same.
 """
 
 import dataclasses
@@ -38,7 +40,9 @@ class EvalConfig:
 
 @dataclass
 class SampleConfig:
-    """Text written by the model while it learns, from fixed prompts with fixed noise: only the weights differ."""
+    """Text written by the model while it learns, from fixed prompts with fixed noise: only the weights
+    differ.
+    """
 
     every: int = 250  # steps; 0: never
     prompts: list[str] = field(default_factory=list)
@@ -83,12 +87,21 @@ class StageConfig:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed={self.seed}: must be in [0, 2**63)")
-        for group in (self.model, self.engine, self.optim, self.checkpoint, self.eval, self.sample, self.logger):
+        for group in (
+            self.model,
+            self.engine,
+            self.optim,
+            self.checkpoint,
+            self.eval,
+            self.sample,
+            self.logger,
+        ):
             group.validate()
         self.schedule.validate(self.steps)
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
-                f"seq_len={self.seq_len}: above model.max_seq_len={self.model.max_seq_len}; lower seq_len or raise it"
+                f"seq_len={self.seq_len}: above model.max_seq_len={self.model.max_seq_len}; "
+                f"lower seq_len or raise it"
             )
         self._check_batch("global_batch", self.global_batch, world)
 
@@ -129,7 +142,8 @@ def config_directory() -> Path:
 def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None = None) -> StageConfig:
     """The typed config of `stage`; not yet validated (that needs the number of ranks).
 
-    `launcher_engine`: what accelerate's config file names. It stands in for an `engine=` that was not given, and a
+    `launcher_engine`: what accelerate's config file names. It stands in for an `engine=` that was not
+    given, and a
     different `engine=` is refused: one of the two is a mistake.
 
     Raises:
@@ -144,7 +158,8 @@ def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None 
         for named in chosen + kinds:
             if named != launcher_engine:
                 raise UserError(
-                    f"engine={named}: but accelerate's config file starts {launcher_engine}; drop engine= or pass "
+                    f"engine={named}: but accelerate's config file starts {launcher_engine}; "
+                    f"drop engine= or pass "
                     f"--config_file configs/accelerate/{named}.yaml"
                 )
         if not chosen:
@@ -192,7 +207,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; an empty mapping stays a value."""
     out: dict[str, Any] = {}
     for name, value in values.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        out |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        )
     return out
 
 

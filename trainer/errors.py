@@ -1,8 +1,8 @@
 """The one exception a user is meant to see.
 
-`UserError` is raised where a file, key or value is wrong and the user can mend it. Its text is ONE line that names
-the file or key, the value, and the fix. `trainer.cli.run_main` prints it without a traceback and exits with code 2.
-Anything else is a fault of ours and keeps its traceback.
+`UserError` is raised where a file, key or value is wrong and the user can mend it. Its text is ONE line that
+names the file or key, the value, and the fix. `trainer.cli.run_main` prints it without a traceback and exits
+with code 2. Anything else is a fault of ours and keeps its traceback.
 """
 
 EXIT_USER_ERROR = 2

@@ -1,4 +1,6 @@
-"""`trivium export RUN --to hf [--out DIR] [--dtype bfloat16]`: a checkpoint as a directory for `from_pretrained`."""
+"""`trivium export RUN --to hf [--out DIR] [--dtype bfloat16]`: a checkpoint as a directory for
+`from_pretrained`.
+"""
 
 import argparse
 from pathlib import Path
@@ -24,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.run}: is a Hugging Face directory already")
     out = Path(args.out) if args.out else Path(args.run) / "hf"
     export_hf(
-        source.config, source.weights(), out, tokenizer_dir=source.tokenizer_dir, dtype=getattr(torch, args.dtype)
+        source.config,
+        source.weights(),
+        out,
+        tokenizer_dir=source.tokenizer_dir,
+        dtype=getattr(torch, args.dtype),
     )
     print(f"{source.directory} -> {out} ({args.dtype})")
     return 0

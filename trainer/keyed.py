@@ -1,9 +1,11 @@
-"""Randomness as a pure function of a key and a position: no generator state, so nothing to save or to restore.
+"""Randomness as a pure function of a key and a position: no generator state, so nothing to save or to
+restore.
 
-Weights, data order and sampling noise are all drawn from here. Because element `i` depends on (key, i) alone, a rank
-can draw just its own slice and any other sharding draws the same numbers: the n-th weight of a tensor is the same on
-1 rank and on 1,024. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
-number generators"); the same integer arithmetic runs in numpy (`mix64`) and in torch on any device (`_mix64_torch`).
+Weights, data order and sampling noise are all drawn from here. Because element `i` depends on (key, i)
+alone, a rank can draw just its own slice and any other sharding draws the same numbers: the n-th weight of a
+tensor is the same on 1 rank and on 1,024. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014,
+"Fast splittable pseudorandom number generators"); the same integer arithmetic runs in numpy (`mix64`) and in
+torch on any device (`_mix64_torch`).
 """
 
 import hashlib
@@ -20,7 +22,9 @@ CHUNK = 1 << 20  # elements drawn at a time: bounds the temporary int64 memory a
 
 
 def key(*parts: str | int) -> int:
-    """A 64-bit key for a role, e.g. `key(seed, "init", "blocks.0.mlp.up.weight")`. Stable across processes."""
+    """A 64-bit key for a role, e.g. `key(seed, "init", "blocks.0.mlp.up.weight")`. Stable across
+    processes.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -72,7 +76,8 @@ def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu"
 def normal(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Elements `start .. start+count-1` of the infinite standard normal sequence of `key`; fp32 [count].
 
-    Box-Muller on two halves of one mixed word: every element stands alone, so any slice can be drawn by itself.
+    Box-Muller on two halves of one mixed word: every element stands alone, so any slice can be drawn by
+    itself.
     """
     out = torch.empty(count, dtype=torch.float32, device=device)
     for begin in range(0, count, CHUNK):

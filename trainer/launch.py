@@ -1,4 +1,6 @@
-"""From a command line to a running loop: the part of a stage's `main` that all stages share, and how errors leave."""
+"""From a command line to a running loop: the part of a stage's `main` that all stages share, and how errors
+leave.
+"""
 
 import contextlib
 import os
@@ -14,7 +16,8 @@ T = TypeVar("T")
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Call a command; a `UserError` becomes one line on stderr and exit code 2, anything else keeps its traceback.
+    """Call a command; a `UserError` becomes one line on stderr and exit code 2, anything else keeps its
+    traceback.
 
     Before the ranks have met, all of them fail alike and rank 0 alone speaks.
     """
@@ -48,7 +51,9 @@ def run_stage(name: str, story: str, argv: list[str], make_stage: Callable[..., 
 
 
 def adopt_model(config: StageConfig, argv: list[str]) -> StageConfig:
-    """With `init_from`, the architecture is that of the weights; a `model` asked for beside it must not differ."""
+    """With `init_from`, the architecture is that of the weights; a `model` asked for beside it must not
+    differ.
+    """
     if config.init_from is None:
         return config
     from dataclasses import asdict
@@ -56,16 +61,18 @@ def adopt_model(config: StageConfig, argv: list[str]) -> StageConfig:
     from trainer.load import open_source
 
     found = open_source(config.init_from).config
-    kept = {"attention": config.model.attention, "loss_chunk_tokens": config.model.loss_chunk_tokens}
-    found = replace(found, **kept)
-    asked = [a.partition("=")[0] for a in argv if a.startswith("model.") or a.startswith("model=")]
+    # How it is computed is not part of what it is.
+    found = replace(found, attention=config.model.attention, loss_chunk_tokens=config.model.loss_chunk_tokens)
+    asked = [a.partition("=")[0] for a in argv if a.startswith(("model.", "model="))]
     for key in asked:
         field = key.partition(".")[2]
         fields = [field] if field and hasattr(found, field) else list(asdict(found))
         for name in fields:
             here, there = getattr(config.model, name), getattr(found, name)
             if here != there:
-                raise UserError(f"{key}: model.{name}={here}, but init_from={config.init_from} has {there}; drop {key}")
+                raise UserError(
+                    f"{key}: model.{name}={here}, but init_from={config.init_from} has {there}; drop {key}"
+                )
     return replace(config, model=found)
 
 
@@ -87,7 +94,13 @@ def _train(name: str, config: StageConfig, make_stage: Callable[..., object]) ->
             if stage.tokenizer is not None:
                 lineage["tokenizer"] = stage.tokenizer.sha256
             run = RunDirectory.open(
-                config.run_dir, plain(config), name, world.rank, lineage, world=world.size, share=_share(world)
+                config.run_dir,
+                plain(config),
+                name,
+                world.rank,
+                lineage,
+                world=world.size,
+                share=_share(world),
             )
             engine = build_engine(config.model, config.engine, config.optim, world, config.seed)
             progress, told = _together(world, lambda: resume(engine, stage, run))

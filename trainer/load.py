@@ -1,4 +1,6 @@
-"""A whole model in one process, from wherever a user points: a run, a checkpoint, or a Hugging Face directory."""
+"""A whole model in one process, from wherever a user points: a run, a checkpoint, or a Hugging Face
+directory.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,10 +65,14 @@ def open_source(path: str | Path) -> Source:
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
     tokenizer = found / "tokenizer"
-    return Source(model_config(state["model"]), found, state["step"], tokenizer if tokenizer.is_dir() else None)
+    return Source(
+        model_config(state["model"]), found, state["step"], tokenizer if tokenizer.is_dir() else None
+    )
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Loaded:
     """The model and its tokenizer, ready to generate. `dtype`: bf16 on a GPU, fp32 on a CPU unless given.
 
     Raises:
@@ -74,23 +80,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     source = open_source(path)
     if source.tokenizer_dir is None:
-        raise UserError(f"{source.directory}: no tokenizer.json beside the weights; train with tokenizer=DIR or copy one there")
+        raise UserError(
+            f"{source.directory}: no tokenizer.json beside the weights; "
+            f"train with tokenizer=DIR or copy one there"
+        )
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = Transformer(source.config)
-    model = materialise(model, device, dtype)
+    model = model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in source.weights():
             if name in parameters:
                 parameters[name].copy_(tensor)
     return Loaded(model.eval(), Tokenizer.load(source.tokenizer_dir), source.config, source.step)
-
-
-def materialise(model: Transformer, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Empty memory for a model built on meta; a tied head stays the same parameter as the embedding."""
-    model = model.to(dtype).to_empty(device=device)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model

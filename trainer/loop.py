@@ -1,7 +1,8 @@
 """The one training loop: step, log, evaluate, sample text, save, agree to stop. Every stage runs through it.
 
-A stage says what a batch is and what the loss is (`Stage`); it never loops. Step s is 0-based in the code that plans
-(`stage.batch(s)`, the learning rate) and counted from 1 in everything a user reads: after step n, n updates are done.
+A stage says what a batch is and what the loss is (`Stage`); it never loops. Step s is 0-based in the code
+that plans (`stage.batch(s)`, the learning rate) and counted from 1 in everything a user reads: after step n,
+n updates are done.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from trainer.engine.engine import Engine, LossSum, Micro, StepResult
 from trainer.engine.schedule import learning_rate
 from trainer.generate.engine import Generator
 from trainer.generate.sampling import SamplingConfig
-from trainer.load import materialise
 from trainer.model.flops import peak_flops, train_flops_per_token
 from trainer.model.transformer import Transformer
 from trainer.observe.goodput import Goodput
@@ -49,7 +49,9 @@ class Stage(Protocol):
     tokenizer: Tokenizer | None  # None: no text samples
 
     def batch(self, step: int) -> Batch:
-        """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the weights."""
+        """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the
+        weights.
+        """
 
     def loss(self, model: nn.Module, micro: Any) -> LossSum:
         """Sums over the supervised items of a micro-batch."""
@@ -96,7 +98,9 @@ class Loop:
     def __post_init__(self) -> None:
         world = self.engine.world
         self.timer = StepTimer()
-        self.goodput = Goodput(self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt)
+        self.goodput = Goodput(
+            self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt
+        )
         self.saved_step = self.progress.step if self.progress.step else -1
         self.flops_per_token = train_flops_per_token(self.config.model, self.config.seq_len)
         peak = peak_flops(world.device, self.config.engine.compute_dtype(world.device))
@@ -181,7 +185,9 @@ class Loop:
         return {"memory/peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
 
     def _look(self, first: bool = False) -> dict[str, Any]:
-        """Evaluate and sample if it is their turn: before the first step, every so many, and after the last one."""
+        """Evaluate and sample if it is their turn: before the first step, every so many, and after the last
+        one.
+        """
         metrics: dict[str, Any] = {}
         last = self.progress.step == self.config.steps
 
@@ -199,14 +205,17 @@ class Loop:
         return metrics
 
     def _sample(self, tokenizer: Tokenizer) -> None:
-        """Rank 0 gets a whole copy of the weights, tensor by tensor, and writes; the others only take part in the gathers."""
+        """Rank 0 gets a whole copy of the weights, tensor by tensor, and writes; the others only take part
+        in the gathers.
+        """
         world = self.engine.world
         copy: Transformer | None = None
         parameters: dict[str, torch.Tensor] = {}
         if world.is_main:
             with torch.device("meta"):
                 copy = Transformer(self.config.model)
-            copy = materialise(copy, world.device, self.config.engine.compute_dtype(world.device)).eval()
+            dtype = self.config.engine.compute_dtype(world.device)
+            copy = copy.to(dtype).to_empty(device=world.device).eval()
             parameters = dict(copy.named_parameters())
         for name, tensor in self.engine.full_tensors():
             if name in parameters:
@@ -220,7 +229,9 @@ class Loop:
         generator = Generator(copy, eos_ids=tokenizer.eos_ids, tokenizer=tokenizer)
         try:
             written = generator.generate(prompts, sampling, seed=self.config.seed, keys=keys)
-        except FloatingPointError:  # weights that are not finite: training says so itself, a sample must not end it
+        except (
+            FloatingPointError
+        ):  # weights that are not finite: training says so itself, a sample must not end it
             self.loggers.message(f"step {self.progress.step}: no text samples, the logits are not finite")
             return
         rows = [{"prompt": p, "completion": tokenizer.decode(c.ids)} for p, c in zip(sample.prompts, written)]
@@ -239,7 +250,11 @@ class Loop:
             extra: dict[str, Path] = {}
             if self.stage.tokenizer is not None:
                 extra["tokenizer"] = self.stage.tokenizer.directory
-            state = {**self.progress.plain(), "stage": self.stage.name, "stream": self.stage.state(self.progress.step)}
+            state = {
+                **self.progress.plain(),
+                "stage": self.stage.name,
+                "stream": self.stage.state(self.progress.step),
+            }
             self.loggers.sync()
             checkpoint.save(self.run_directory.checkpoints, self.progress.step, self.engine, state, extra)
             self.goodput.flush()
@@ -249,11 +264,13 @@ class Loop:
 
 
 def resume(engine: Engine, stage: Stage, run: RunDirectory) -> tuple[Progress, list[str]]:
-    """Load the newest whole checkpoint of the run, if there is one. Collective; returns it and what to tell the user.
+    """Load the newest whole checkpoint of the run, if there is one. Collective; returns it and what to tell
+    the user.
 
     A checkpoint that does not verify is named and the one before it is used.
     """
-    path, problems = None, []
+    path: Path | None = None
+    problems: list[str] = []
     if engine.world.is_main:
         path, problems = checkpoint.newest_whole(run.checkpoints)
     path, problems = engine.world.gather((path, problems))[0]  # type: ignore[misc]

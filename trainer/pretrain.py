@@ -43,8 +43,9 @@ class Pretrain:
             self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.device)
         self.batches = TokenBatches(
             config.data, seed=config.seed, seq_len=config.seq_len, global_batch=config.global_batch,
-            micro_batch=config.micro_batch, rank=world.rank, world=world.size, vocab_size=config.model.vocab_size,
-            tokenizer_sha256=self.tokenizer.sha256 if self.tokenizer else None,
+            micro_batch=config.micro_batch, rank=world.rank, world=world.size,
+            vocab_size=config.model.vocab_size, tokenizer_sha256=self.tokenizer.sha256 if self.tokenizer else
+            None,
         )  # fmt: skip
 
     def batch(self, step: int) -> "Batch":
@@ -70,7 +71,9 @@ class Pretrain:
         return self.batches.eval_batches(self.config.eval.sequences)
 
     def eval_loss(self, model: "nn.Module", micro: "Micro") -> "LossSum":
-        """Loss over all targets; and, for bits per byte, over those that stand for text (special tokens are no bytes)."""
+        """Loss over all targets; and, for bits per byte, over those that stand for text (special tokens are
+        no bytes).
+        """
         from trainer.engine.engine import LossSum
 
         inputs = self._inputs(micro)
@@ -96,7 +99,9 @@ class Pretrain:
 
 
 def find_tokenizer(config: PretrainConfig) -> Any:
-    """`tokenizer=DIR`, else the one beside the first source; None if there is none (then no samples, no bits per byte)."""
+    """`tokenizer=DIR`, else the one beside the first source; None if there is none (then no samples, no bits
+    per byte).
+    """
     from trainer.chat.tokenizer import Tokenizer
 
     if config.tokenizer is not None:

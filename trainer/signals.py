@@ -1,7 +1,8 @@
-"""Stop requests: handlers only set a bit; the loop lets all ranks agree on it once per step and saves together.
+"""Stop requests: handlers only set a bit; the loop lets all ranks agree on it once per step and saves
+together.
 
-A rank that left alone would leave the others in a collective for ever. SIGTERM and SIGINT ask for a stop, SIGUSR1 is
-Slurm's warning ahead of the time limit; a second SIGINT stops at once, without saving.
+A rank that left alone would leave the others in a collective for ever. SIGTERM and SIGINT ask for a stop,
+SIGUSR1 is Slurm's warning ahead of the time limit; a second SIGINT stops at once, without saving.
 """
 
 import signal

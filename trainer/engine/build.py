@@ -7,7 +7,9 @@ from trainer.engine.world import World
 from trainer.model.config import ModelConfig
 
 
-def build_engine(model: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int) -> Engine:
+def build_engine(
+    model: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int
+) -> Engine:
     """The model with fresh weights, sharded and with its optimizer. Collective."""
     if config.kind in ZERO_KINDS:
         from trainer.engine.deepspeed import DeepSpeedEngine

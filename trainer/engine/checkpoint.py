@@ -7,8 +7,9 @@
         manifest.json                 size and xxh3_128 of every file above
         COMMITTED                     hash of the manifest; a directory without it does not exist
 
-Written as `step-N.tmp`, fsynced, renamed, the parent fsynced, and only then marked. An old one is deleted after the
-newer one has been verified, marker first, so that a crash in between leaves no half checkpoint that looks whole.
+Written as `step-N.tmp`, fsynced, renamed, the parent fsynced, and only then marked. An old one is deleted
+after the newer one has been verified, marker first, so that a crash in between leaves no half checkpoint
+that looks whole.
 """
 
 import json
@@ -62,10 +63,13 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save(root: Path, step: int, engine: Engine, state: dict[str, Any], extra: dict[str, Path] | None = None) -> Path:
+def save(
+    root: Path, step: int, engine: Engine, state: dict[str, Any], extra: dict[str, Path] | None = None
+) -> Path:
     """Write the checkpoint of `step` and commit it. Collective.
 
-    `state`: JSON of the loop, the stream and the stage. `extra`: name -> directory to copy in (the tokenizer).
+    `state`: JSON of the loop, the stream and the stage. `extra`: name -> directory to copy in (the
+    tokenizer).
 
     Raises:
         UserError: the disk is full or cannot be written; the older checkpoints are untouched.
@@ -84,13 +88,13 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], extra: di
     _raise_together(engine, failure, root)
     failure = ""
     try:
-        dcp.save(
-            engine.shards(), storage_writer=RangeWriter(working), process_group=world.cpu_group  # type: ignore[arg-type]
-        )
+        dcp.save(engine.shards(), storage_writer=RangeWriter(working), process_group=world.cpu_group)
     except dcp.CheckpointException as error:
         failure = str(_disk_error(error))
     _raise_together(engine, failure, root, working)
-    mine = {path.name: [path.stat().st_size, _hash(path)] for path in working.glob(f"__{world.rank}_*.distcp")}
+    mine = {
+        path.name: [path.stat().st_size, _hash(path)] for path in working.glob(f"__{world.rank}_*.distcp")
+    }
     files: dict[str, Any] = {}
     for part in world.gather(mine):
         assert isinstance(part, dict)
@@ -100,7 +104,8 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], extra: di
             whole = {
                 **state, "step": step, "updates": engine.updates, "model": asdict(engine.model_config),
                 "engine": engine.config.kind, "world": world.size, "format": "trivium-checkpoint-1",
-                "shapes": {n.removesuffix("/param"): list(r.whole_shape) for n, r in engine.shards(moments=False).items()},
+                "shapes": {n.removesuffix("/param"): list(r.whole_shape) for n, r in
+                engine.shards(moments=False).items()},
             }  # fmt: skip
             _write(working / "state.json", json.dumps(whole, indent=1))
             for name, source in (extra or {}).items():
@@ -128,7 +133,9 @@ def _commit(working: Path, final: Path, files: dict[str, Any]) -> None:
 
 
 def _disk_error(error: dcp.CheckpointException) -> OSError:
-    """DCP wraps every rank's error in one of its own; a disk's complaint is the user's business, all else is a fault."""
+    """DCP wraps every rank's error in one of its own; a disk's complaint is the user's business, all else is
+    a fault.
+    """
     for inner, _trace in error.failures.values():
         if isinstance(inner, OSError):
             return inner
@@ -141,7 +148,9 @@ def _raise_together(engine: Engine, failure: str, root: Path, working: Path | No
     if said:
         if working is not None and engine.world.is_main:
             shutil.rmtree(working, ignore_errors=True)
-        raise UserError(f"cannot save a checkpoint in {root}: {said[0]}; free or extend the disk and start again")
+        raise UserError(
+            f"cannot save a checkpoint in {root}: {said[0]}; free or extend the disk and start again"
+        )
 
 
 def is_committed(path: Path) -> bool:
@@ -195,7 +204,7 @@ def find(path: str | Path) -> Path:
 
 def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with the newer ones that do not."""
-    problems = []
+    problems: list[str] = []
     for step in reversed(list_steps(root)):
         path = directory_of(root, step)
         problem = check(path)
@@ -212,7 +221,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, engine: Engine) -> dict[str, Any]:
-    """Weights, moments and counters into a built engine, whatever engine and world size wrote them. Collective.
+    """Weights, moments and counters into a built engine, whatever engine and world size wrote them.
+    Collective.
 
     Raises:
         UserError: the checkpoint is of another model.
@@ -221,7 +231,7 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
     shards = engine.shards()
     _same_tensors(path, state, shards)
     # dcp.load wants dict[str, Any]; the planner finds our ranges through their protocol methods.
-    dcp.load(shards, storage_reader=RangeReader(path), process_group=engine.world.cpu_group)  # type: ignore[arg-type]
+    dcp.load(shards, storage_reader=RangeReader(path), process_group=engine.world.cpu_group)
     engine.load_shards(shards)
     engine.updates = state["updates"]
     return state
@@ -233,8 +243,8 @@ def _same_tensors(path: Path, state: dict[str, Any], shards: dict[str, FlatRange
     for name in sorted(set(here) | set(there)):
         if here.get(name) != there.get(name):
             raise UserError(
-                f"{path}: {name} has shape {there.get(name)} there and {here.get(name)} in this model; set model.* as in "
-                f"its state.json"
+                f"{path}: {name} has shape {there.get(name)} there and {here.get(name)} in this model; "
+                f"set model.* as in its state.json"
             )
 
 
@@ -249,9 +259,14 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def prune(root: Path, config: CheckpointConfig) -> list[int]:
-    """Delete what the retention rule does not keep, if the newest one verifies. Rank 0 only; returns the steps removed."""
+    """Delete what the retention rule does not keep, if the newest one verifies. Rank 0 only.
+
+    Returns the steps removed.
+    """
     steps = list_steps(root)
-    kept = set(steps[-config.keep_last :]) | {s for s in steps if config.keep_every and s % config.keep_every == 0}
+    kept = set(steps[-config.keep_last :]) | {
+        s for s in steps if config.keep_every and s % config.keep_every == 0
+    }
     doomed = [step for step in steps if step not in kept]
     if doomed and check(directory_of(root, steps[-1])):
         return []

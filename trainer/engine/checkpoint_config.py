@@ -17,6 +17,8 @@ class CheckpointConfig:
         if self.every < 0:
             raise UserError(f"checkpoint.every={self.every}: must be >= 0 steps (0: only at the end)")
         if self.keep_last < 2:
-            raise UserError(f"checkpoint.keep_last={self.keep_last}: must be >= 2, or one bad disk block costs the run")
+            raise UserError(
+                f"checkpoint.keep_last={self.keep_last}: must be >= 2, or one bad disk block costs the run"
+            )
         if self.keep_every < 0:
             raise UserError(f"checkpoint.keep_every={self.keep_every}: must be >= 0 steps (0: none for good)")

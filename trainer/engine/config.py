@@ -23,9 +23,13 @@ class EngineConfig:
 
     kind: str = "fsdp"
     device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "auto"  # of the compute: bfloat16 on GPU, float32 on CPU. Masters and reductions are always fp32
+    dtype: str = (
+        "auto"  # of the compute: bfloat16 on GPU, float32 on CPU. Masters and reductions are always fp32
+    )
     shard_size: int | None = None  # hsdp: ranks per shard group; None is one host's ranks
-    reshard_after_forward: bool = True  # fsdp, hsdp: free gathered weights after forward (ZeRO-3) or keep them (ZeRO-2)
+    reshard_after_forward: bool = (
+        True  # fsdp, hsdp: free gathered weights after forward (ZeRO-3) or keep them (ZeRO-2)
+    )
     activation_checkpoint: str = "none"  # none | selective (keep matmul outputs) | full (keep block inputs)
     compile: bool = False  # torch.compile of each block
     offload: str = "none"  # none | cpu: masters, moments and the update live in host memory
@@ -44,14 +48,22 @@ class EngineConfig:
         choose("activation_checkpoint", self.activation_checkpoint, ("none", "selective", "full"))
         choose("offload", self.offload, ("none", "cpu"))
         if self.shard_size is not None and self.kind != "hsdp":
-            raise UserError(f"engine.shard_size={self.shard_size}: only engine=hsdp has shard groups; drop the key")
+            raise UserError(
+                f"engine.shard_size={self.shard_size}: only engine=hsdp has shard groups; drop the key"
+            )
         if self.deepspeed and self.kind not in ZERO_KINDS:
-            raise UserError(f"engine.deepspeed is set but engine.kind={self.kind}: use engine=zero1, zero2 or zero3")
+            raise UserError(
+                f"engine.deepspeed is set but engine.kind={self.kind}: use engine=zero1, zero2 or zero3"
+            )
         if self.offload != "none" and self.kind in ("ddp", "zero0"):
-            raise UserError(f"engine.offload={self.offload}: engine={self.kind} keeps whole weights on the device")
+            raise UserError(
+                f"engine.offload={self.offload}: engine={self.kind} keeps whole weights on the device"
+            )
         if self.kind == "zero0" and self.dtype == "bfloat16":
             # DeepSpeed's stage 0 in bf16 keeps no fp32 gradient sum, so it could not agree with the others.
-            raise UserError("engine.dtype=bfloat16: engine=zero0 has no fp32 gradient sum; use engine=ddp or engine=zero1")
+            raise UserError(
+                "engine.dtype=bfloat16: engine=zero0 has no fp32 gradient sum; use engine=ddp or engine=zero1"
+            )
 
     def compute_dtype(self, device: "torch.device") -> "torch.dtype":
         import torch  # late: composing a config takes no torch

@@ -1,8 +1,9 @@
 """The DeepSpeed back end: ZeRO 0 to 3 through `deepspeed.initialize`, held to the same numbers as FSDP2.
 
-DeepSpeed averages gradients over ranks, so the loss is multiplied by the number of ranks first; it divides by its own
-count of accumulation steps unless told not to; the boundary of a step is set by us, because the number of micro-batches
-is ours to choose. `overlap_comm` stays off unless asked for: ZeRO-2 has raced with it on (DeepSpeed issue 4298).
+DeepSpeed averages gradients over ranks, so the loss is multiplied by the number of ranks first; it divides
+by its own count of accumulation steps unless told not to; the boundary of a step is set by us, because the
+number of micro-batches is ours to choose. `overlap_comm` stays off unless asked for: ZeRO-2 has raced with
+it on (DeepSpeed issue 4298).
 """
 
 import logging
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer.engine.config import EngineConfig
@@ -75,26 +75,31 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class DeepSpeedEngine(Engine):
-    """One `deepspeed.initialize`d model. `stage` 0 keeps whole tensors, 1 and 2 flat partitions, 3 partitions the weights."""
+    """One `deepspeed.initialize`d model. `stage` 0 keeps whole tensors, 1 and 2 flat partitions, 3
+    partitions the weights.
+    """
 
-    def __init__(self, model_config: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int):
+    def __init__(
+        self, model_config: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int
+    ):
         super().__init__(model_config, config, optim, world)
         self.stage = int(config.kind.removeprefix("zero"))
         settings = deepspeed_config(config, optim, world)
         if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+            deepspeed.init_distributed(
+                dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False
+            )
         if self.stage == 3:
             # dtype comes from the settings: Init(dtype=torch.float32) quietly means bfloat16 on CPU (0.19.8).
             with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
                 model = Transformer(model_config)
-            # One fetch per block instead of one per linear layer, as FSDP2 does; the compiler then sees no hooks inside.
+            # One fetch per block instead of one per linear layer, as FSDP2 does; the compiler then sees no
+            # hooks inside.
             set_z3_leaf_modules(model, [Block])
         else:
             with torch.device("meta"):
                 model = Transformer(model_config)
             model.to_empty(device=world.device)
-            if model_config.tie_embeddings:
-                model.head.weight = model.embed.weight  # to_empty makes two tensors of a tied one
         wrap_blocks(model.blocks, config)
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
         named = list(model.named_parameters())
@@ -103,9 +108,15 @@ class DeepSpeedEngine(Engine):
             {"params": [p for n, p in named if not decays(self.shapes[n])], "weight_decay": 0.0},
         ]
         self.optimizer = build_adamw(groups, optim)
-        self.model, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
-        self.module: Transformer = self.model.module
-        # What AdamW really updates: ZeRO replaces the parameters by flat fp32 partitions (stage 3 empties the groups).
+        self.runtime: Any
+        self.zero: Any
+        self.runtime, self.zero, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings
+        )
+        self.model = self.runtime
+        self.module: Transformer = self.runtime.module
+        # What AdamW really updates: ZeRO replaces the parameters by flat fp32 partitions (stage 3 empties
+        # the groups).
         masters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.stage == 3:
             masters = list(self.zero.fp32_partitioned_groups_flat)
@@ -115,27 +126,31 @@ class DeepSpeedEngine(Engine):
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        self.model.set_gradient_accumulation_boundary(last)
-        self.model.backward(loss * self.world.size, scale_wrt_gas=False)
+        self.runtime.set_gradient_accumulation_boundary(last)
+        self.runtime.backward(loss * self.world.size, scale_wrt_gas=False)
         if not last:
-            self.model.step()  # not a boundary: only DeepSpeed's own micro-step bookkeeping
+            self.runtime.step()  # not a boundary: only DeepSpeed's own micro-step bookkeeping
 
     def _update(self, lr: float) -> float:
         self._set_lr(lr)
         if self.stage == 0:
             return self._update_whole()
-        self.model.step()
-        norm = float(self.model.get_global_grad_norm())
-        return norm if math.isfinite(norm) and norm >= 0 else math.inf  # -1 is DeepSpeed's sign for "not finite"
+        self.runtime.step()
+        norm = float(self.runtime.get_global_grad_norm())
+        return (
+            norm if math.isfinite(norm) and norm >= 0 else math.inf
+        )  # -1 is DeepSpeed's sign for "not finite"
 
     def _update_whole(self) -> float:
-        """Stage 0 in fp32 has no ZeRO optimizer: gradients are whole and reduced, the norm is ours to take."""
+        """Stage 0 in fp32 has no ZeRO optimizer: gradients are whole and reduced, the norm is ours to
+        take.
+        """
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = math.sqrt(squared_norm(grads, self.world.device).item())
         if not math.isfinite(norm):
-            self.model.zero_grad()
+            self.runtime.zero_grad()
             return math.inf
-        self.model.step()  # clips with the same norm, updates, drops the gradients
+        self.runtime.step()  # clips with the same norm, updates, drops the gradients
         return norm
 
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
@@ -153,10 +168,16 @@ class DeepSpeedEngine(Engine):
             whole = param.detach() if moment is None else self.optimizer.state[param][moment]
             return whole.flatten(), 0
         if self.stage == 3:
-            whole = safe_get_local_fp32_param(param) if moment is None else safe_get_local_optimizer_state(param, moment)
+            whole = (
+                safe_get_local_fp32_param(param)
+                if moment is None
+                else safe_get_local_optimizer_state(param, moment)
+            )
             part = param.ds_tensor.ds_numel
             start = min(self.world.rank * part, param.ds_numel)
-            return whole.flatten()[: min(part, param.ds_numel - start)], start  # the last rank's padding is not ours
+            return whole.flatten()[
+                : min(part, param.ds_numel - start)
+            ], start  # the last rank's padding is not ours
         link = param._hp_mapping
         if link is None:  # this parameter lies in other ranks' partitions
             return torch.empty(0, dtype=torch.float32, device=param.device), 0
@@ -172,6 +193,7 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        param: Any
         for name, param in self.module.named_parameters():
             for kind in ("param", *MOMENTS):
                 if f"{name}/{kind}" not in shards:
@@ -184,7 +206,8 @@ class DeepSpeedEngine(Engine):
                     param.ds_tensor.data.copy_(padded)  # the low-precision partition that forward gathers
                 else:
                     safe_set_local_optimizer_state(param, padded, kind)
-        # Small "persistent" parameters keep a gathered copy between steps; without this the first loss would be stale.
+        # Small "persistent" parameters keep a gathered copy between steps; without this the first loss would
+        # be stale.
         persistent = self.zero.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
@@ -196,4 +219,4 @@ class DeepSpeedEngine(Engine):
             yield name, full.detach().view(self.shapes[name])
 
     def close(self) -> None:
-        self.model.destroy()
+        self.runtime.destroy()

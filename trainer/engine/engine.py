@@ -1,9 +1,9 @@
 """One optimizer update, the same number on every back end.
 
-`Engine.train_step` is the whole contract of training: count the supervised items of the step over all ranks and all
-micro-batches, let the back end accumulate gradients of `loss / count`, clip, update. Nobody else divides: a loss
-function returns sums, back-end averaging is turned off (FSDP2) or undone (DeepSpeed), so loss and gradient do not depend
-on how the samples were split over ranks and micro-batches.
+`Engine.train_step` is the whole contract of training: count the supervised items of the step over all ranks
+and all micro-batches, let the back end accumulate gradients of `loss / count`, clip, update. Nobody else
+divides: a loss function returns sums, back-end averaging is turned off (FSDP2) or undone (DeepSpeed), so
+loss and gradient do not depend on how the samples were split over ranks and micro-batches.
 """
 
 import math
@@ -30,7 +30,8 @@ from trainer.model.init import init_range
 class LossSum:
     """What a stage's loss function returns: sums over supervised items, never a mean.
 
-    `total`: scalar with a gradient. `metrics`: further scalar sums (detached), added up over micro-batches and ranks.
+    `total`: scalar with a gradient. `metrics`: further scalar sums (detached), added up over micro-batches
+    and ranks.
     """
 
     total: Tensor
@@ -51,8 +52,8 @@ LossFunction = Callable[[nn.Module, Any], LossSum]
 class StepResult:
     """One update, in numbers that are equal on every rank.
 
-    `loss`: mean over all supervised items. `grad_norm`: global 2-norm before clipping (inf if it was not finite).
-    `sums`: the loss function's metrics summed over the step. `seconds`: where this rank's time went.
+    `loss`: mean over all supervised items. `grad_norm`: global 2-norm before clipping (inf if it was not
+    finite). `sums`: the loss function's metrics summed over the step. `seconds`: where this rank's time went.
     """
 
     loss: float
@@ -65,7 +66,9 @@ class StepResult:
 
 
 class Engine(ABC):
-    """What both back ends share. A back end builds the sharded model and its optimizer and fills in the abstract part."""
+    """What both back ends share. A back end builds the sharded model and its optimizer and fills in the
+    abstract part.
+    """
 
     model: nn.Module  # called as model(tokens, ...); what the loss function gets
     optimizer: torch.optim.Optimizer  # the AdamW that holds the moments
@@ -76,7 +79,8 @@ class Engine(ABC):
         self.optim = optim
         self.world = world
 
-    # What a back end must say ------------------------------------------------------------------------------------
+    # What a back end must say
+    # ------------------------------------------------------------------------------------
 
     @abstractmethod
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -84,7 +88,9 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self, lr: float) -> float:
-        """Clip and apply the accumulated gradient unless it is not finite, then drop it. Returns the norm before clipping."""
+        """Clip and apply the accumulated gradient unless it is not finite, then drop it. Returns the norm
+        before clipping.
+        """
 
     @abstractmethod
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
@@ -96,18 +102,24 @@ class Engine(ABC):
 
     @abstractmethod
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Unsharded fp32 master weights one by one, same order on every rank. Collective: exhaust it on every rank."""
+        """Unsharded fp32 master weights one by one, same order on every rank. Collective: exhaust it on
+        every rank.
+        """
 
-    # What all share ----------------------------------------------------------------------------------------------
+    # What all share
+    # ----------------------------------------------------------------------------------------------
 
     def train_step(self, micros: Sequence[Micro], loss: LossFunction, lr: float) -> StepResult:
         """One optimizer update from this rank's micro-batches (equally many on every rank).
 
-        A step whose loss or gradient is not finite anywhere is skipped everywhere. A non-finite loss makes its own
-        gradient NaN, the gradient norm is global, and the norm decides: no rank can decide alone, and none has to wait.
+        A step whose loss or gradient is not finite anywhere is skipped everywhere. A non-finite loss makes
+        its own gradient NaN, the gradient norm is global, and the norm decides: no rank can decide alone,
+        and none has to wait.
         """
         started = time.perf_counter()
-        counted = self.world.sum_words([sum(m.num_items for m in micros), sum(m.rows_hash for m in micros) % (1 << 64)])
+        counted = self.world.sum_words(
+            [sum(m.num_items for m in micros), sum(m.rows_hash for m in micros) % (1 << 64)]
+        )
         num_items, batch_hash = counted
         scale = 1.0 / max(num_items, 1)  # a step without a supervised token has a gradient of exactly zero
         self.model.train()
@@ -120,15 +132,21 @@ class Engine(ABC):
         totals = self._reduce(sums)
         backward_done = time.perf_counter()
         grad_norm = self._update(lr)
-        seconds = {"forward_backward": backward_done - started, "optimizer": time.perf_counter() - backward_done}
+        seconds = {
+            "forward_backward": backward_done - started,
+            "optimizer": time.perf_counter() - backward_done,
+        }
         mean = totals.pop("loss") * scale
-        return StepResult(mean, grad_norm, num_items, not math.isfinite(grad_norm), f"{batch_hash:016x}", totals, seconds)
+        return StepResult(
+            mean, grad_norm, num_items, not math.isfinite(grad_norm), f"{batch_hash:016x}", totals, seconds
+        )
 
     @torch.no_grad()
     def evaluate(self, micros: Sequence[Micro], loss: LossFunction) -> dict[str, float]:
         """Sums over all ranks of `loss`, `items` and the loss function's metrics; no gradient, no update.
 
-        Every rank must bring equally many micro-batches (pad with rows of zero weight): each forward is a collective.
+        Every rank must bring equally many micro-batches (pad with rows of zero weight): each forward is a
+        collective.
         """
         self.model.eval()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.world.device)}
@@ -155,14 +173,15 @@ class Engine(ABC):
         for name, shard in shards.items():
             shard.local.copy_(
                 init_range(
-                    self.model_config, name.removesuffix("/param"), shard.whole_shape, shard.start, shard.local.numel(), seed,
-                    shard.local.device,
+                    self.model_config, name.removesuffix("/param"), shard.whole_shape, shard.start,
+                    shard.local.numel(), seed, shard.local.device,
                 )
             )  # fmt: skip
         self.load_shards(shards)
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Weights by name from another model (a checkpoint's, Hugging Face's); moments and counters stay fresh.
+        """Weights by name from another model (a checkpoint's, Hugging Face's); moments and counters stay
+        fresh.
 
         Raises:
             ValueError: a name is missing, unknown, or of another shape.
@@ -174,11 +193,15 @@ class Engine(ABC):
             if shard is None:
                 raise ValueError(f"weights hold {name}, which this model does not have")
             if tuple(tensor.shape) != tuple(shard.whole_shape):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)} there and {tuple(shard.whole_shape)} in this model")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)} there, {tuple(shard.whole_shape)} in this model"
+                )
             shard.local.copy_(tensor.flatten()[shard.start : shard.start + shard.local.numel()])
             missing.discard(f"{name}/param")
         if missing:
-            raise ValueError(f"weights lack {sorted(missing)[0].removesuffix('/param')} (and {len(missing) - 1} more)")
+            raise ValueError(
+                f"weights lack {sorted(missing)[0].removesuffix('/param')} (and {len(missing) - 1} more)"
+            )
         self.load_shards(shards)
 
     @property
@@ -194,8 +217,9 @@ class Engine(ABC):
         """Bitwise OR of `word` over all ranks; call it once per step on every rank."""
         return self.world.agree(word)
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of what outlives the object (hooks, buffers); nothing by default."""
+        """Let go of what outlives the object: hooks and buffers of a library."""
 
 
 def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -1,17 +1,25 @@
-"""The torch FSDP2 back end: sharded (fsdp), sharded in groups (hsdp) or replicated (ddp), by the shape of the mesh.
+"""The torch FSDP2 back end: sharded (fsdp), sharded in groups (hsdp) or replicated (ddp), by the shape of
+the mesh.
 
-The optimizer works on each rank's plain local slices, not on DTensors: fused AdamW then runs the same on any device, and
-what a checkpoint stores is what the optimizer updates.
+The optimizer works on each rank's plain local slices, not on DTensors: fused AdamW then runs the same on any
+device, and what a checkpoint stores is what the optimizer updates.
 """
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -39,14 +47,20 @@ def build_mesh(config: EngineConfig, world: World) -> DeviceMesh:
         local = torch.cuda.device_count() if world.device.type == "cuda" else max(1, world.size // 2)
         shard = min(local, world.size) if config.shard_size is None else config.shard_size
         if world.size % shard:
-            raise UserError(f"engine.shard_size={shard}: does not divide the {world.size} ranks; choose a divisor")
-    return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+            raise UserError(
+                f"engine.shard_size={shard}: does not divide the {world.size} ranks; choose a divisor"
+            )
+    return init_device_mesh(
+        world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
 
 
 class FSDPEngine(Engine):
     """`fully_shard` per block and on the root; gradients are summed, never averaged."""
 
-    def __init__(self, model_config: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int):
+    def __init__(
+        self, model_config: ModelConfig, config: EngineConfig, optim: OptimConfig, world: World, seed: int
+    ):
         super().__init__(model_config, config, optim, world)
         self.mesh = build_mesh(config, world)
         self.shard_group = self.mesh.get_group("shard")
@@ -59,7 +73,7 @@ class FSDPEngine(Engine):
         offload: OffloadPolicy = OffloadPolicy()
         if config.offload == "cpu":
             offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-        options = {
+        options: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": reshard,
             "mp_policy": MixedPrecisionPolicy(
@@ -74,7 +88,8 @@ class FSDPEngine(Engine):
         fully_shard(model, **options)
         self.wrapped: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for module in self.wrapped:
-            # Sum, not mean: the engine has divided already. gloo cannot pre-multiply, so the plain sum is forced.
+            # Sum, not mean: the engine has divided already. gloo cannot pre-multiply, so the plain sum is
+            # forced.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         model.to_empty(device="cpu" if config.offload == "cpu" else world.device)
@@ -82,23 +97,30 @@ class FSDPEngine(Engine):
         self.names: list[str] = []
         self.params: list[DTensor] = []
         self.local: list[Tensor] = []
-        # The optimizer is made after sharding: fully_shard replaces the parameters, an earlier one would train nothing.
+        # The optimizer is made after sharding: fully_shard replaces the parameters, an earlier one would
+        # train nothing.
         for name, param in model.named_parameters():
             assert isinstance(param, DTensor)
             self.names.append(name)
             self.params.append(param)
             self.local.append(param.to_local().detach())
         groups = [
-            {"params": [t for t, p in zip(self.local, self.params) if decays(p.shape)], "weight_decay": optim.weight_decay},
-            {"params": [t for t, p in zip(self.local, self.params) if not decays(p.shape)], "weight_decay": 0.0},
+            {
+                "params": [t for t, p in zip(self.local, self.params) if decays(p.shape)],
+                "weight_decay": optim.weight_decay,
+            },
+            {
+                "params": [t for t, p in zip(self.local, self.params) if not decays(p.shape)],
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = build_adamw(groups, optim)
         allocate_moments(self.optimizer, self.local)
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        # Gradients are reduce-scattered at every micro-batch (keeping them whole would cost the sharding's memory);
-        # only the all-reduce between replicas waits for the last one.
+        # Gradients are reduce-scattered at every micro-batch (keeping them whole would cost the sharding's
+        # memory); only the all-reduce between replicas waits for the last one.
         for module in self.wrapped:
             module.set_requires_all_reduce(last)
         loss.backward()
@@ -127,16 +149,25 @@ class FSDPEngine(Engine):
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         found = {}
         for name, param, local in zip(self.names, self.params, self.local):
-            _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+            _, offset = compute_local_shape_and_global_offset(
+                param.shape, param.device_mesh, param.placements
+            )
             start = offset[0] * (param.numel() // param.shape[0])
             found[f"{name}/param"] = FlatRange(local.flatten(), start, param.shape)
             for moment in MOMENTS if moments else ():
-                found[f"{name}/{moment}"] = FlatRange(self.optimizer.state[local][moment].flatten(), start, param.shape)
+                found[f"{name}/{moment}"] = FlatRange(
+                    self.optimizer.state[local][moment].flatten(), start, param.shape
+                )
         return found
 
     def load_shards(self, shards: dict[str, FlatRange]) -> None:
         """Nothing to do: the ranges are views of what the optimizer and FSDP2 hold."""
 
+    def close(self) -> None:
+        """FSDP2 keeps nothing outside the model."""
+
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, param in zip(self.names, self.params):
-            yield name, param.detach().to(self.world.device).full_tensor()
+            whole = param.to(self.world.device)
+            assert isinstance(whole, DTensor)
+            yield name, whole.full_tensor().detach()

@@ -1,4 +1,6 @@
-"""AdamW with decay groups: weights and embeddings decay, vectors (norm weights, biases) do not, as in GPT-3 and Llama."""
+"""AdamW with decay groups: weights and embeddings decay, vectors (norm weights, biases) do not, as in GPT-3
+and Llama.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +12,9 @@ from trainer.engine.schedule import OptimConfig
 
 
 def decays(shape: Iterable[int]) -> bool:
-    """Matrices and embeddings decay; vectors do not. Judged by the full shape, never by a rank's flat slice."""
+    """Matrices and embeddings decay; vectors do not. Judged by the full shape, never by a rank's flat
+    slice.
+    """
     return len(tuple(shape)) >= 2
 
 
@@ -50,7 +54,9 @@ def set_updates_done(optimizer: torch.optim.Optimizer, count: int) -> None:
 
 
 def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Square of the 2-norm over this rank's tensors, fp32 scalar on `device`; sum it over shards, then take the root."""
+    """Square of the 2-norm over this rank's tensors, fp32 scalar on `device`; sum it over shards, then take
+    the root.
+    """
     if not tensors:
         return torch.zeros((), device=device)
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """A flat range of a named tensor: the one form in which every engine keeps what it owns in a checkpoint.
 
-FSDP2 shards dimension 0 and DeepSpeed shards the flattened tensor; both are a contiguous range of the flattened tensor.
-Stored 1-D under the parameter's name, any engine on any number of ranks can read its own ranges back.
+FSDP2 shards dimension 0 and DeepSpeed shards the flattened tensor; both are a contiguous range of the
+flattened tensor. Stored 1-D under the parameter's name, any engine on any number of ranks can read its own
+ranges back.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 class FlatRange(Tensor):
     """Elements `start .. start+len(local)-1` of a flattened tensor of `shape`; shares memory with `local`.
 
-    The dunder methods are torch.distributed.checkpoint's `_Checkpointable` protocol: it asks an object which chunk of
-    the global (here 1-D) tensor it holds, writes that, and at load cuts and joins chunks as the reader's ranges need.
-    The planner asks only tensors for shards, hence the subclass; `local` is the plain tensor to compute with.
+    The dunder methods are torch.distributed.checkpoint's `_Checkpointable` protocol: it asks an object which
+    chunk of the global (here 1-D) tensor it holds, writes that, and at load cuts and joins chunks as the
+    reader's ranges need. The planner asks only tensors for shards, hence the subclass; `local` is the plain
+    tensor to compute with.
     """
 
     start: int

@@ -35,10 +35,11 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up, then `cosine`, `linear`, `wsd` (warm-up, stable, decay) or `constant`.
+    """Learning rate over the run: linear warm-up, then `cosine`, `linear`, `wsd` (warm-up, stable, decay) or
+    `constant`.
 
-    `wsd` (MiniCPM, Hu et al. 2024) holds the peak until the last `decay_fraction` of the run and then falls by
-    1 - sqrt(t) (Hägele et al. 2024).
+    `wsd` (MiniCPM, Hu et al. 2024) holds the peak until the last `decay_fraction` of the run and then falls
+    by 1 - sqrt(t) (Hägele et al. 2024).
     """
 
     kind: str = "cosine"
@@ -85,7 +86,9 @@ SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
 
 
 def learning_rate(step: int, steps: int, peak: float, config: ScheduleConfig) -> float:
-    """Rate of 0-based `step` of `steps`. Warm-up reaches the peak at step `warmup_steps`; the last step has the final rate."""
+    """Rate of 0-based `step` of `steps`. Warm-up reaches the peak at step `warmup_steps`; the last step has
+    the final rate.
+    """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)
     t = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)

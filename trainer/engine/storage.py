@@ -1,8 +1,9 @@
 """torch.distributed.checkpoint over plain files with a JSON index instead of its pickled one.
 
-DCP plans and writes the flat ranges (each rank its own file, ranges held by several ranks written once) and reshards at
-load. Only its `.metadata` file is replaced: a pickle could run code when a checkpoint from elsewhere is opened, and JSON
-can be read by anything. Tensors are read with `weights_only=True` by DCP itself.
+DCP plans and writes the flat ranges (each rank its own file, ranges held by several ranks written once) and
+reshards at load. Only its `.metadata` file is replaced: a pickle could run code when a checkpoint from
+elsewhere is opened, and JSON can be read by anything. Tensors are read with `weights_only=True` by DCP
+itself.
 """
 
 import json
@@ -38,7 +39,12 @@ class RangeWriter(FileSystemWriter):
             assert isinstance(result.index.offset, torch.Size)
             where = result.storage_data
             chunks.setdefault(result.index.fqn, []).append(
-                {"start": result.index.offset[0], "file": where.relative_path, "offset": where.offset, "length": where.length}
+                {
+                    "start": result.index.offset[0],
+                    "file": where.relative_path,
+                    "offset": where.offset,
+                    "length": where.length,
+                }
             )
         tensors = {}
         for name, entry in metadata.state_dict_metadata.items():

@@ -1,8 +1,9 @@
 """Who am I among the processes of this run, on which device, and over which groups do we talk?
 
-Every launcher (plain `python`, `torchrun`, `accelerate launch`, `srun`) leaves its answer in the environment; `start()`
-reads it, opens the process group and returns a `World`. Two groups exist: the default one (NCCL on GPU, gloo on CPU)
-moves tensors of the model, `cpu_group` (always gloo) moves small words and never waits behind GPU work.
+Every launcher (plain `python`, `torchrun`, `accelerate launch`, `srun`) leaves its answer in the
+environment; `start()` reads it, opens the process group and returns a `World`. Two groups exist: the default
+one (NCCL on GPU, gloo on CPU) moves tensors of the model, `cpu_group` (always gloo) moves small words and
+never waits behind GPU work.
 """
 
 import os
@@ -63,7 +64,9 @@ class World:
         return values
 
     def same_everywhere(self, what: str, value: str) -> None:
-        """Refuse to go on when ranks hold different values, e.g. a config that one node resolved otherwise."""
+        """Refuse to go on when ranks hold different values, e.g. a config that one node resolved
+        otherwise.
+        """
         values = self.gather(value)
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
         if odd:
@@ -84,7 +87,9 @@ def launch_from_env(env: Mapping[str, str]) -> Launch:
     """
     if "RANK" in env:
         if "WORLD_SIZE" not in env:
-            raise UserError("RANK is set but WORLD_SIZE is not: start with torchrun, accelerate launch or srun")
+            raise UserError(
+                "RANK is set but WORLD_SIZE is not: start with torchrun, accelerate launch or srun"
+            )
         name = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
         return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), name)
     # srun also sets SLURM_PROCID for an interactive shell with one task: that is a plain single process.
@@ -94,22 +99,24 @@ def launch_from_env(env: Mapping[str, str]) -> Launch:
                 "srun started several tasks but MASTER_ADDR is not set: export MASTER_ADDR=<first host> and "
                 "MASTER_PORT=<port> before srun"
             )
-        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")), "srun")
+        return Launch(
+            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")), "srun"
+        )
     return Launch(0, 1, 0, "python")
 
 
 def engine_of_launcher(env: Mapping[str, str]) -> str | None:
     """The engine that accelerate's config file names, or None where the launcher has no opinion.
 
-    `Accelerator()` is never built: without a GPU it silently trains unconnected copies (measured with 1.15), so the
-    config file is taken for what it says and the work is done by our own engine.
+    `Accelerator()` is never built: without a GPU it silently trains unconnected copies (measured with 1.15),
+    so the config file is taken for what it says and the work is done by our own engine.
     """
     if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return "zero" + env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         if env.get("FSDP_VERSION", "1") != "2":
             raise UserError("accelerate: fsdp_version=1 is not supported; set fsdp_config.fsdp_version: 2")
-        return "hsdp" if int(env.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")) > 1 else "fsdp"
+        return "hsdp" if env.get("FSDP_SHARDING_STRATEGY", "").startswith("HYBRID_SHARD") else "fsdp"
     if "ACCELERATE_MIXED_PRECISION" in env and int(env.get("WORLD_SIZE", "1")) > 1:
         return "ddp"
     return None
@@ -122,10 +129,13 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("engine.device=cuda: torch sees no GPU; use engine.device=auto or install a CUDA build")
+        raise UserError(
+            "engine.device=cuda: torch sees no GPU; use engine.device=auto or install a CUDA build"
+        )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer processes"
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            f"start fewer processes"
         )
     return torch.device("cuda", local_rank)
 

@@ -1,8 +1,9 @@
 """Activation checkpointing and compilation of the blocks, shared by both back ends.
 
-Order, and why: checkpointing goes inside compilation (the compiler then sees one region and schedules the recompute), and
-both replace a block's `forward`, not the block: the hooks by which FSDP2 and ZeRO-3 gather weights sit on the module call
-and stay outside the compiled graph, and no wrapper prefix ever reaches a parameter's name.
+Order, and why: checkpointing goes inside compilation (the compiler then sees one region and schedules the
+recompute), and both replace a block's `forward`, not the block: the hooks by which FSDP2 and ZeRO-3 gather
+weights sit on the module call and stay outside the compiled graph, and no wrapper prefix ever reaches a
+parameter's name.
 """
 
 import functools
