@@ -3,6 +3,7 @@ line.
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +98,10 @@ class DataPrepConfig:
         ):
             if not 0 <= part < 1:
                 raise UserError(f"{key}={part}: must be in [0, 1)")
+        if not re.fullmatch(r"[A-Za-z0-9_+-]+", self.name):
+            raise UserError(
+                f"name={self.name}: it names the shard files: use letters, digits, '-', '_' and '+'"
+            )
         if unknown := set(self.quality) - set(QUALITY):
             raise UserError(f"quality={sorted(unknown)}: unknown; choose from {', '.join(QUALITY)}")
         if self.tokenizer.trainer not in TRAINERS:

@@ -12,14 +12,13 @@ OUT/work/                                manifests; every dropped page (pages-*/
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -37,9 +36,13 @@ from data_prep.progress import TaskProgress, stage_line
 from data_prep.stages import Stage, input_prints
 from trainer.errors import EXIT_USER_ERROR, UserError
 
+if TYPE_CHECKING:
+    from trainer.chat.tokenizer import Tokenizer
+
 TASK_BYTES = (128 << 10, 64 << 20)  # least and most of compressed archive in a task
 TASKS_WANTED = 64
 NO_TERMINAL_WIDTH = 120
+EXIT_INTERRUPTED = 130
 WORK_PER_INPUT = 3  # bytes written, at most, per byte of archive: documents twice, ids, shards
 
 
@@ -61,6 +64,8 @@ class Job:
 
         for archive in archives:
             check_archive(archive)
+        if config.tokenizer.path is not None:
+            config.check_dtype(self.given_tokenizer().vocab_size)  # before hours of reading, not behind them
         self.prepare(sum(archive.stat().st_size for archive in archives))
         inputs = input_prints(archives, self.work / "inputs.json")
         self.console.print(
@@ -92,6 +97,12 @@ class Job:
             ) from error
         if not (self.out / "report.json").exists():
             require_space(self.out, WORK_PER_INPUT * input_bytes)
+
+    def given_tokenizer(self) -> "Tokenizer":
+        """The tokenizer that `tokenizer.path` names."""
+        from trainer.chat.tokenizer import Tokenizer
+
+        return Tokenizer.load(Path(self.config.tokenizer.path or "").expanduser())
 
     def stage(self, stage: Stage, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run one stage and say how it went."""
@@ -186,11 +197,7 @@ class Job:
         if config.tokenizer.path is None:
             key["documents"] = deduped.content()
         else:
-            from trainer.chat.tokenizer import Tokenizer
-
-            loaded = Tokenizer.load(Path(config.tokenizer.path).expanduser())
-            config.check_dtype(loaded.vocab_size)
-            key["sha256"] = loaded.sha256
+            key["sha256"] = self.given_tokenizer().sha256
         stage = Stage("tokenizer", self.work, key, [directory])
 
         def work() -> dict[str, Any]:
@@ -316,7 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    out = os.path.relpath(job.out)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    out = config.output
     console.print(f"report: {out}/report.md   next: trivium pretrain data.train={out}", highlight=False)
     return 0
 

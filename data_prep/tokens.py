@@ -6,6 +6,7 @@ write. The word is a keyed function of the document's hash, so the order depends
 not on cells or workers.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -122,9 +123,7 @@ def write_shards(
         if split == "val" and not validation:
             continue
         result[split] = write_split(documents, tokenizer, config, name, directory / split)
-    for split in SPLITS:
-        (directory / "cells" / split).rmdir()
-    (directory / "cells").rmdir()
+    shutil.rmtree(directory / "cells")
     return result
 
 

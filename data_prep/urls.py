@@ -47,20 +47,23 @@ def hash_strings(strings: list[bytes]) -> np.ndarray:
     return np.unique(hashes)
 
 
+def writable(cache: Path, fallback: Path) -> Path:
+    """`cache`, made if need be, or `fallback` when it cannot be written (a cluster node without a home)."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return fallback
+    return cache if os.access(cache, os.W_OK) else fallback
+
+
 def blocklist(cache: Path, fallback: Path) -> Path:
     """Path of the sorted hashes of all blocked domains and URLs, built at first use (2-3 s).
 
-    Kept in `cache`, or in `fallback` when that cannot be written (no home directory on a cluster node).
+    Kept in `cache`, or in `fallback` when that cannot be written.
     """
     source = assets() / ARCHIVE
-    path = cache / f"url-blocklist-{source.stat().st_size}.npy"
+    path = writable(cache, fallback) / f"url-blocklist-{source.stat().st_size}.npy"
     if not path.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            path = fallback / path.name
-        if not os.access(path.parent, os.W_OK):
-            path = fallback / path.name
         lines: list[bytes] = []
         with tarfile.open(source, "r:gz") as archive:
             for name in ("domains", "urls"):
@@ -115,7 +118,9 @@ class UrlRules:
         """Why this URL is blocked, or None."""
         lower = url.lower()
         parts = self.split(lower)
-        domain, host = parts.top_domain_under_public_suffix, parts.fqdn
+        # No public suffix (an IP address, an intranet name): the host as it stands.
+        host = parts.fqdn or ".".join(label for label in (parts.subdomain, parts.domain) if label)
+        domain = parts.top_domain_under_public_suffix or host
         if domain in self.allowed or host in self.allowed:
             return None
         if self.listed(domain):

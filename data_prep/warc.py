@@ -30,11 +30,15 @@ MAX_PAGE_BYTES = 16 << 20  # pages beyond are dropped: one of them would hold a 
 
 @dataclass(frozen=True)
 class Range:
-    """Records whose first byte lies in [begin, end) of the file `path`; one task's share of an archive."""
+    """Records whose first byte lies in [begin, end) of the file `path`; one task's share of an archive.
+
+    members: the archive has one gzip member per record, so offsets of records are known.
+    """
 
     path: str
     begin: int
     end: int
+    members: bool
 
 
 @dataclass
@@ -129,58 +133,59 @@ def plan(paths: list[Path], task_bytes: int) -> list[Range]:
     ranges = []
     for path in paths:
         size = path.stat().st_size
-        count = max(1, round(size / task_bytes)) if splittable(path) else 1
+        members = splittable(path)
+        count = max(1, round(size / task_bytes)) if members else 1
         edges = [size * i // count for i in range(count)] + [size]
-        ranges += [Range(str(path), begin, end) for begin, end in pairwise(edges)]
+        ranges += [Range(str(path), begin, end, members) for begin, end in pairwise(edges)]
     return ranges
 
 
 def read_range(share: Range, losses: list[Loss]) -> Iterator[tuple[WarcRecord, bytes, int]]:
     """(record, payload, offset) of every whole response of the share; damage is appended to `losses`."""
-    with open(share.path, "rb") as file:
+    with open(share.path, "rb") as file, open(share.path, "rb") as second:
         size = file.seek(0, 2)
-        compressed = is_gzip(file)
         position: int | None = share.begin
-        if compressed and share.begin > 0:
+        if share.begin > 0:
             position = next_member(file, share.begin)
         while position is not None and position < share.end:
             last = position
             file.seek(position)
             # any_type, not only responses: the offsets of all records are needed to name what was lost.
-            iterator = ArchiveIterator(
-                file, record_types=WarcRecordType.any_type, parse_http=True, strict_mode=False
-            )
+            iterator = ArchiveIterator(file, record_types=WarcRecordType.any_type, strict_mode=False)
             try:
                 for record in iterator:
                     last = record.stream_pos
                     if last >= share.end and share.end < size:
                         return
-                    declared = record.content_length
                     payload = record.reader.read()
-                    if len(payload) < declared or (record.is_http and record.http_headers is None):
+                    # A record can only be cut when fastwarc has read the file to its end.
+                    at_end = share.members and file.tell() == size
+                    if is_short(record, payload) or (at_end and member_end(second, last) is None):
                         url = record.headers.get("WARC-Target-URI")
                         losses.append(Loss(share.path, last, size - last, url, "cut short"))
                         return
                     if record.record_type == WarcRecordType.response:
                         yield record, payload, last
             except OSError as error:
-                position = next_member(file, last + 1) if compressed else None
-                # `last` was read whole when its member ends well: then the damage starts behind it.
-                start = (member_end(file, last) or last) if compressed else last
+                position = next_member(file, last + 1) if share.members else None
+                # `last` was read whole when its member ends well: then the damage starts behind it, perhaps
+                # in a member that begins well. That one is tried (by whoever owns it) before it is given up.
+                start = (member_end(second, last) or last) if share.members else last
                 stop = size if position is None else position
-                losses.append(Loss(share.path, start, stop - start, None, f"damaged ({error})"))
+                if stop > start:
+                    losses.append(Loss(share.path, start, stop - start, None, f"damaged ({error})"))
                 continue
-            if compressed:
-                end = member_end(file, last)
-                if end is not None and end < size:
-                    losses.append(Loss(share.path, end, size - end, None, "cut short"))
+            end = member_end(second, last) if share.members else None
+            if end is not None and end < size:
+                losses.append(Loss(share.path, end, size - end, None, "cut short"))
             return
 
 
-def is_gzip(file: BinaryIO) -> bool:
-    """Whether the file starts like gzip."""
-    file.seek(0)
-    return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+def is_short(record: WarcRecord, payload: bytes) -> bool:
+    """Whether the archive ended inside this record, as far as the record itself tells."""
+    if "Content-Length" not in record.headers:
+        return True
+    return len(payload) < record.content_length or (record.is_http and record.http_headers is None)
 
 
 class ReadWarc(PipelineStep):
