@@ -202,6 +202,16 @@ def test_a_token_that_its_own_bytes_do_not_reach(tmp_path):
     assert [whole.token_text(index) for index in whole.encode("abc")] == ["abc"]
 
 
+def test_ids_that_are_not_in_the_order_of_the_merges(tmp_path):
+    """tiktoken merges by id: with these ids it would join b + c first."""
+    tokens = [*(mirror.BYTE_TO_CHAR[byte] for byte in range(256)), "bc", "ab"]
+    hf = HF(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("b", "c")]))
+    hf.pre_tokenizer, hf.decoder = split(SPLIT_PATTERN), decoders.ByteLevel()
+    tokenizer = saved(hf, tmp_path)
+    assert tokenizer.fallback == "ids are not in the order of the merges"
+    assert [tokenizer.token_text(index) for index in tokenizer.encode("abc")] == ["ab", "c"]
+
+
 @st.composite
 def merge_lists(draw) -> list[tuple[str, str]]:
     pool, merges = list("abc"), []

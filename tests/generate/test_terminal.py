@@ -145,9 +145,7 @@ def test_stop_strings_end_the_text_across_tokens(loaded):
         if len(stop) < 2:
             continue
         asked += 1
-        again = Story(
-            loaded.model, loaded.tokenizer, SamplingConfig(30, 1.0, stop_strings=["never there", stop])
-        )
+        again = Story(loaded.model, loaded.tokenizer, SamplingConfig(30, 1.0, stop_strings=[stop]))
         done = again.proceed("The", lambda text: None)
         got = b"".join(map(loaded.tokenizer.id_to_bytes, done.ids))
         first = data.index(stop.encode())
