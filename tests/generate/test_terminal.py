@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,41 @@ def test_mistakes_are_one_line(load, argv, message):
     with pytest.raises(UserError, match=message) as error:
         main(["runs/x", *argv], load=load)
     assert "\n" not in str(error.value)
+
+
+def test_a_hugging_face_checkpoint_says_what_transformers_says(tokenizer, tmp_path, capsys):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    directory = shutil.copytree(tokenizer.directory, tmp_path / "llama")
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size + 6,  # padded, as real checkpoints are
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    auto = AutoTokenizer.from_pretrained(directory)
+    ids = auto("The cat sat", return_tensors="pt", add_special_tokens=False)
+    expected = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=auto.eos_token_id)
+    argv = [
+        str(directory),
+        "--prompt",
+        "The cat sat",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "20",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert main([*argv, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["ids"] == expected[0, ids["input_ids"].shape[1] :].tolist()
 
 
 def test_mistakes_of_the_loader_pass_through():

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """A wrong command line is a UserError: one line and exit 2, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; {self.prog} --help shows what there is")
+        raise UserError(f"{message}; {self.prog} --help shows what there is")
 
 
 def main(argv: list[str] | None = None) -> int:

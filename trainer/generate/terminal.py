@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +43,6 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
     text = args.prompt if args.prompt is None else argument_text(args.prompt)
     if text is None and not sys.stdin.isatty():
         text = decode_input(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
-    import torch  # late: the mistakes above are told at once
-
     if load is None:
         from trainer.load import load_model
 
