@@ -11,6 +11,8 @@ from trainer.model.config import ModelConfig
 from trainer.model.init import init_weights
 from trainer.model.transformer import Transformer
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 B, T, N, K, H = 2, 37, 4, 2, 16
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 20 + [2] * 12, [7] * 36 + [3]], dtype=torch.int32)

@@ -75,6 +75,15 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(function):
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_sum])
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_a_target_outside_the_vocabulary_is_an_error(function, wrong: int):
+    hidden, weight, targets = inputs()
+    targets[7] = wrong
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        function(hidden, weight, targets, 8)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_sum])
 def test_extreme_logits_stay_finite(function):
     hidden, weight, targets = inputs(ignored=0.0)
     hidden, weight = (1e4 * hidden.detach()).requires_grad_(), weight

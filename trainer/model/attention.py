@@ -35,6 +35,19 @@ Mask = Tensor | BlockMask | Varlen | None
 StoreKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def require_backend(config: ModelConfig, device_type: str, training: bool) -> None:
+    """Raise UserError if `config.attention` cannot work there; a stage asks before it writes anything."""
+    if config.attention == "varlen" and device_type != "cuda":
+        raise UserError(
+            f"model.attention=varlen: needs a CUDA device, not {device_type}; use model.attention=sdpa"
+        )
+    if config.attention == "flex" and device_type == "cpu" and training:
+        raise UserError(
+            "model.attention=flex: torch has no backward for it on a CPU, only evaluation works; "
+            "use model.attention=sdpa"
+        )
+
+
 def build_mask(config: ModelConfig, tokens_BT: Tensor, documents_BT: Tensor | None) -> Mask:
     """The mask of a forward without cache: causal, in `sliding_window`, in equal ids of `documents_BT`.
 
@@ -42,19 +55,11 @@ def build_mask(config: ModelConfig, tokens_BT: Tensor, documents_BT: Tensor | No
     runs). Raises UserError where the chosen back end cannot work on this device.
     """
     device, (batch, length) = tokens_BT.device, tokens_BT.shape
+    require_backend(config, device.type, training=torch.is_grad_enabled())
     window = config.sliding_window if (config.sliding_window or length) < length else None
     if config.attention == "varlen":
-        if device.type != "cuda":
-            raise UserError(
-                f"model.attention=varlen: needs a CUDA device, not {device.type}; use model.attention=sdpa"
-            )
         return varlen_mask(batch, length, documents_BT, window, device)
     if config.attention == "flex":
-        if device.type == "cpu" and torch.is_grad_enabled():
-            raise UserError(
-                "model.attention=flex: torch has no backward for it on a CPU, only evaluation works; "
-                "use model.attention=sdpa"
-            )
         return flex_mask(batch, length, documents_BT, window, device)
     if documents_BT is None and window is None:
         return None

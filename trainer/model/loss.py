@@ -87,8 +87,9 @@ class _TokenLoss(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             targets_C = targets_N[part]
             logprobs_CV = _chunk_logprobs(hidden_ND[part], weight_VD)
-            chosen_C = logprobs_CV.gather(1, targets_C.clamp(min=0)[:, None]).squeeze(1)
-            nll_N[part] = chosen_C.neg_().masked_fill_(targets_C == IGNORE, 0.0)
+            ignored_C = targets_C == IGNORE
+            chosen_C = logprobs_CV.gather(1, targets_C.masked_fill(ignored_C, 0)[:, None]).squeeze(1)
+            nll_N[part] = chosen_C.neg_().masked_fill_(ignored_C, 0.0)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
         ctx.chunk = chunk
         return nll_N
@@ -100,12 +101,13 @@ class _TokenLoss(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         dh_ND = torch.empty_like(hidden_ND) if need_h else None
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_w else None
-        scale_N = grad_N.masked_fill(targets_N == IGNORE, 0.0)
+        ignored_N = targets_N == IGNORE
+        scale_N, index_N = grad_N.masked_fill(ignored_N, 0.0), targets_N.masked_fill(ignored_N, 0)
         for begin in range(0, len(targets_N), ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             scale_C = scale_N[part, None]
             dlogits_CV = _chunk_logprobs(hidden_ND[part], weight_VD).exp_().mul_(scale_C)
-            dlogits_CV.scatter_add_(1, targets_N[part].clamp(min=0)[:, None], -scale_C)
+            dlogits_CV.scatter_add_(1, index_N[part, None], -scale_C)
             dlogits_CV = dlogits_CV.to(hidden_ND.dtype)
             if dh_ND is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dh_ND[part])
