@@ -4,6 +4,7 @@ count.
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def test_a_finished_stage_is_skipped_and_a_changed_one_is_not(tmp_path: Path) ->
     assert make(tmp_path, {"a": 2}).why_again() == "a"
     assert make(tmp_path, {"a": 2}).run(work)["value"] == 2
     assert make(tmp_path, {"a": 1}).finished() is None
+
+
+def test_a_copied_output_is_the_same_output(tmp_path: Path) -> None:
+    work = Counted(tmp_path / "out.txt")
+    make(tmp_path, {}).run(work)
+    os.utime(tmp_path / "out.txt", (1, 1))
+    assert make(tmp_path, {}).run(work)["skipped"]
 
 
 def test_changed_or_missing_output_is_made_again(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def _raise_together(engine: Engine, failure: str, root: Path, working: Path | No
     if said:
         if working is not None and engine.world.is_main:
             shutil.rmtree(working, ignore_errors=True)
+        engine.world.barrier()  # the error is raised after the tidying, on every rank
         raise UserError(
             f"cannot save a checkpoint in {root}: {said[0]}; free or extend the disk and start again"
         )

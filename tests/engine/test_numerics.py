@@ -1,0 +1,67 @@
+"""The numerics matrix: every back end, world size and accumulation split has the loss and norm of one plain loop."""
+
+import itertools
+
+import pytest
+from engine_parts import Case, assert_close, make, plain_loop, steps
+
+KINDS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
+SPLITS = {1: (12, 5), 2: (6, 2)}  # rows per micro-batch; 5 leaves a ragged last one
+
+
+def train(world, case):
+    engine = make(world, case)
+    try:
+        return steps(engine, world, case, 0, case.steps)
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {tied: plain_loop(4, tied) for tied in (True, False)}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_the_plain_loop(pool, reference, kind, world):
+    for split in SPLITS[world]:
+        for curve in pool.run(world, train, Case(kind, split)):
+            assert_close(curve, reference[True])
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_untied_embeddings(pool, reference, kind):
+    assert_close(pool.run(2, train, Case(kind, 3, tied=False))[0], reference[False])
+
+
+WRAPPED = [
+    {"activation_checkpoint": "full"},
+    {"activation_checkpoint": "selective"},
+    {"compile": True},
+    {"compile": True, "activation_checkpoint": "full"},
+]
+
+
+@pytest.mark.parametrize("options", WRAPPED, ids=lambda o: "-".join(f"{v}" for v in o.values()))
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_checkpointing_and_compiling_change_nothing(pool, reference, kind, options):
+    assert_close(pool.run(2, train, Case(kind, 6, options=options))[0], reference[True])
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_cpu_offload_changes_nothing(pool, reference, kind):
+    assert_close(pool.run(2, train, Case(kind, 3, options={"offload": "cpu"}))[0], reference[True])
+
+
+def test_bf16_agrees_between_back_ends(pool, reference):
+    """Masters and reductions are fp32 everywhere, so bf16 back ends differ from each other as little as fp32 ones do."""
+    kinds = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    curves = {k: pool.run(2, train, Case(k, 3, options={"dtype": "bfloat16"}))[0] for k in kinds}
+    for one, other in itertools.pairwise(kinds):
+        assert_close(curves[one], curves[other], relative=2e-4)
+    assert_close(curves["fsdp"], reference[True], relative=5e-3)
+
+
+def test_persistent_small_parameters_of_zero3(pool, reference):
+    assert_close(pool.run(2, train, Case("zero3", 3, options={"persistence_threshold": 100}))[0], reference[True])
