@@ -11,7 +11,7 @@ from data_prep.files import format_bytes
 
 
 class TaskProgress:
-    """A bar over the bytes of the archives; without a terminal (a log file), a line every quarter of the work."""
+    """A bar over the bytes of the archives; without a terminal, a line every quarter of the work."""
 
     def __init__(self, console: Console, sizes: list[int], workers: int):
         self.console = console

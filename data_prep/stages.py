@@ -73,7 +73,8 @@ class Stage:
         old = json.loads(self.manifest.read_text())
         if old["key"] != self.key:
             return None
-        return old if self.prints(old["outputs"]) == old["outputs"] else None
+        same = contents(self.prints(old["outputs"])) == contents(old["outputs"])
+        return old if same else None
 
     def why_again(self) -> str:
         """What differs from the earlier run, for the log; "" when there was none."""
@@ -104,9 +105,12 @@ class Stage:
 
     def content(self) -> dict[str, str]:
         """Hashes of the outputs (without times): what a stage behind this one depends on."""
-        return {
-            name: print_["xxh3"] for name, print_ in json.loads(self.manifest.read_text())["outputs"].items()
-        }
+        return contents(json.loads(self.manifest.read_text())["outputs"])
+
+
+def contents(prints: dict[str, Any]) -> dict[str, str]:
+    """Path -> hash, of fingerprints: a copied or moved output has other times and is the same."""
+    return {name: value["xxh3"] for name, value in prints.items()}
 
 
 def input_prints(paths: list[Path], cache: Path) -> list[dict[str, Any]]:

@@ -41,18 +41,31 @@ def batches(files: list[Path]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def choose_split(files: list[Path], fraction: float) -> set[str]:
-    """Hashes of the validation documents. Never empty when `fraction` > 0, never everything."""
-    hashes = [row["sha256"] for batch in batches(files) for row in batch]
-    chosen = {sha256 for sha256 in hashes if in_split(sha256, fraction)}
-    if fraction > 0 and not chosen and len(hashes) > 1:
-        chosen = {min(hashes)}
-    if len(chosen) >= len(hashes):
-        raise UserError(
-            f"shards.val_fraction={fraction}: all {len(hashes)} documents fell into validation; "
-            "lower it or give more input"
-        )
-    return chosen
+class Split:
+    """Which documents are validation: by the hash of their text, but never none of them and never all."""
+
+    def __init__(self, files: list[Path], fraction: float):
+        self.fraction = fraction
+        self.only = ""  # the one validation document, when the hash chooses none
+        documents = chosen = 0
+        least = "g"  # above every hexadecimal digit
+        for batch in batches(files):
+            for row in batch:
+                documents += 1
+                chosen += in_split(row["sha256"], fraction)
+                least = min(least, row["sha256"])
+        if fraction > 0 and not chosen and documents > 1:
+            self.only = least
+        if chosen >= documents:
+            raise UserError(
+                f"shards.val_fraction={fraction}: all {documents} documents fell into validation; "
+                "lower it or give more input"
+            )
+        self.empty = not chosen and not self.only
+
+    def of(self, sha256: str) -> str:
+        """The name of a document's split."""
+        return "val" if sha256 == self.only or in_split(sha256, self.fraction) else "train"
 
 
 class Cells:
@@ -101,7 +114,7 @@ def write_shards(
     directory: Path,
 ) -> dict[str, Any]:
     """Fill `directory` (fresh) with `train/` and `val/`. Returns tokens, documents and bytes of both."""
-    validation = choose_split(files, config.val_fraction)
+    chosen = Split(files, config.val_fraction)
     role = key(seed, "documents")
     cells = num_cells(total_bytes, cell_bytes)
     with ExitStack() as stack:
@@ -112,7 +125,7 @@ def write_shards(
         for batch in batches(files):
             encoded = tokenizer.encode_batch([row["text"] for row in batch], threads)
             for row, ids in zip(batch, encoded):
-                split = "val" if row["sha256"] in validation else "train"
+                split = chosen.of(row["sha256"])
                 info = {name: row[name] for name in ("id", "url", "sha256", "source")}
                 info["bytes"] = len(row["text"].encode())
                 tokens = np.array([*ids, tokenizer.eos_id], dtype=np.uint32)
@@ -120,7 +133,7 @@ def write_shards(
     result = {}
     for split in SPLITS:
         documents = Cells.read(directory / "cells" / split, cells)
-        if split == "val" and not validation:
+        if split == "val" and chosen.empty:
             continue
         result[split] = write_split(documents, tokenizer, config, name, directory / split)
     shutil.rmtree(directory / "cells")
