@@ -4,9 +4,10 @@ numbers.
     OMP_NUM_THREADS=2 python -m tests.bench.bench_model [step] [head] [attention]
 
 `step`: a training step (forward, backward, AdamW) of 4 layers, width 256, vocabulary 4,096, 8 sequences of
-512 tokens, against a minimal model with fused projections, compiled as a whole, with full logits. `head`: the
-chunked loss against F.cross_entropy over full logits, by chunk size. `attention`: grouped heads as they are
-against repeating them. Times are the best of the rounds, for other processes can only make a run slower. On a busy machine use one thread.
+512 tokens, against a minimal model with fused projections, compiled as a whole, with full logits.
+`head`: the chunked loss against F.cross_entropy over full logits, by chunk size.
+`attention`: grouped heads as they are against repeating them.
+Times are the best of the rounds, for other processes can only make a run slower; on one thread, CPU time.
 """
 
 import sys
@@ -80,7 +81,7 @@ def best_of(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
         run()
         run()
     best = dict.fromkeys(runs, float("inf"))
-    # On one thread CPU time is the better clock on a busy machine; on several it counts waiting for each other.
+    # CPU time is the better clock on a busy machine, but several threads also count waiting for each other.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(rounds):
         for name, run in runs.items():
