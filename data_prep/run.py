@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             report = job.run()
         print_report(console, report)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"trivium: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one stopped", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Fixtures of the whole suite: pools of ranks, a small real data set, and commands run as a user runs them."""
+"""Fixtures of the whole suite: pools of ranks, a small real data set, and commands run as a user runs
+them.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A small data set of real English text (docstrings of the standard library) in the form that `trivium data` writes."""
+"""A small data set of real English text (docstrings of the standard library) in the form that `trivium data`
+writes.
+"""
 
 import argparse
 import inspect
@@ -35,9 +37,14 @@ def write_dataset(directory: Path) -> Path:
     assert tokenizer.vocab_size == VOCAB
     for split, part in (("val", texts[::10]), ("train", [t for i, t in enumerate(texts) if i % 10])):
         writer = ShardWriter(
-            directory / split, name="code", vocab_size=VOCAB, eos_id=tokenizer.eos_id,
-            tokenizer_sha256=tokenizer.sha256, block_tokens=2048, blocks_per_shard=8,
-        )  # fmt: skip
+            directory / split,
+            name="code",
+            vocab_size=VOCAB,
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=tokenizer.sha256,
+            block_tokens=2048,
+            blocks_per_shard=8,
+        )
         for text in part:
             writer.add(np.array([*tokenizer.encode(text), tokenizer.eos_id]))
         writer.close()

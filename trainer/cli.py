@@ -8,6 +8,7 @@ from trainer.errors import UserError
 from trainer.launch import run_main
 
 COMMANDS = {
+    "quickstart": ("trainer.quickstart", "all of the below on the built-in sample, minutes on a laptop"),
     "data": ("data_prep.run", "web archives -> clean documents, tokenizer, token shards"),
     "pretrain": ("trainer.pretrain", "train a language model on token shards; again: resume"),
     "chat": ("trainer.generate.terminal", "complete text with a trained model, or show its next tokens"),
@@ -18,7 +19,7 @@ COMMANDS = {
 
 
 def overview() -> str:
-    rows = "\n".join(f"  trivium {name:10}{what}" for name, (_, what) in COMMANDS.items())
+    rows = "\n".join(f"  trivium {name:12}{what}" for name, (_, what) in COMMANDS.items())
     return (
         f"Trivium {__version__}: one engine for pretraining, fine-tuning and practice with rewards"
         f"\n\n{rows}\n\n"

@@ -7,12 +7,10 @@ composes the same.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
+from trainer.compose import compose, config_directory, flat
 from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.engine.config import FSDP_KINDS, ZERO_KINDS, EngineConfig
 from trainer.engine.schedule import OptimConfig, ScheduleConfig
@@ -20,8 +18,6 @@ from trainer.errors import UserError
 from trainer.model.config import ModelConfig
 from trainer.observe.loggers import LoggerConfig
 from trainer.stream.config import DataConfig
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -131,14 +127,6 @@ class PretrainConfig(StageConfig):
 STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig}
 
 
-def config_directory() -> Path:
-    """`trainer/configs` of an installed wheel, else `configs/` of the repository."""
-    for path in (ROOT / "trainer" / "configs", ROOT / "configs"):
-        if (path / "pretrain.yaml").is_file():
-            return path
-    raise UserError(f"{ROOT / 'configs' / 'pretrain.yaml'}: missing: install trivium again")
-
-
 def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None = None) -> StageConfig:
     """The typed config of `stage`; not yet validated (that needs the number of ranks).
 
@@ -167,50 +155,6 @@ def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None 
     config = compose(stage, f"{stage}_schema", STAGES[stage], overrides, f"trivium {stage}")
     assert isinstance(config, StageConfig)
     return config
-
-
-def compose(name: str, schema_name: str, schema: type, overrides: list[str], command: str) -> Any:
-    """An instance of `schema` from `configs/NAME.yaml` and the overrides, by Hydra. Raises UserError."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    ConfigStore.instance().store(name=schema_name, node=schema)
-    try:
-        with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return OmegaConf.to_object(hydra_compose(name, overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, schema, command)) from error
-
-
-def explain(error: Exception, schema: type, command: str) -> str:
-    """The one useful line of a Hydra or OmegaConf error: key, what is wrong, what there is instead."""
-    cause = error.__cause__ or error
-    text = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    key = getattr(cause, "full_key", None) or ""
-    if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
-        near = get_close_matches(key, list(flat(dataclasses.asdict(schema()))), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: no such key{hint} `{command} --help` lists them"
-    if type(cause).__name__ == "MissingConfigException":
-        options = next((i for i, line in enumerate(text) if line.startswith("Available options")), None)
-        wanted = text[0].removeprefix("In ").split(": ")[-1] if options is None else text[0]
-        found = "" if options is None else "; there are " + ", ".join(text[options + 1 :])
-        return f"{wanted.rstrip('.')}{found.rstrip('.')}"
-    return f"{key + ': ' if key and key not in text[0] else ''}{text[0]}; `{command} --help` lists the keys"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; an empty mapping stays a value."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-        )
-    return out
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert main(real) == 2
     said = capsys.readouterr().err
     assert says in said
-    assert said.startswith("error: ")
+    assert said.startswith("trivium: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out" / "train").exists()
 

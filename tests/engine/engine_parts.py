@@ -1,4 +1,6 @@
-"""A small model, ragged batches with masked tokens, and a plain single-process loop to compare every engine with."""
+"""A small model, ragged batches with masked tokens, and a plain single-process loop to compare every engine
+with.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,9 +42,16 @@ class Case:
 
 def model_config(tied: bool = True) -> ModelConfig:
     return ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_seq_len=64,
-        tie_embeddings=tied, loss_chunk_tokens=64,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=64,
+        max_seq_len=64,
+        tie_embeddings=tied,
+        loss_chunk_tokens=64,
+    )
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +76,10 @@ def pieces(step: int, rank: int, world: int, split: int) -> list[Piece]:
 
 
 def loss(model: Any, piece: Piece) -> LossSum:
-    return LossSum(model(piece.tokens_BT, targets_BT=piece.targets_BT), {"rows": torch.tensor(float(len(piece.tokens_BT)))})
+    return LossSum(
+        model(piece.tokens_BT, targets_BT=piece.targets_BT),
+        {"rows": torch.tensor(float(len(piece.tokens_BT)))},
+    )
 
 
 def make(world: World, case: Case, seed: int = 0) -> Engine:
@@ -85,20 +97,29 @@ def steps(engine: Engine, world: World, case: Case, first: int, count: int) -> l
     return curve
 
 
-def plain_loop(count: int, tied: bool = True, dtype: torch.dtype = torch.float32) -> list[tuple[float, float]]:
-    """The reference: one process, the whole batch at once, torch's own loss, clipping and AdamW. No engine."""
+def plain_loop(
+    count: int, tied: bool = True, dtype: torch.dtype = torch.float32
+) -> list[tuple[float, float]]:
+    """The reference: one process, the whole batch at once, torch's own loss, clipping and AdamW. No
+    engine.
+    """
     assert dtype == torch.float32
     model = Transformer(model_config(tied))
     init_weights(model, 0)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": OPTIM.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
     curve = []
     for step in range(count):
         tokens, targets = global_batch(step)
         logits = model(tokens)
-        value = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        value = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+        )
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
         optimizer.step()
@@ -107,7 +128,9 @@ def plain_loop(count: int, tied: bool = True, dtype: torch.dtype = torch.float32
     return curve
 
 
-def assert_close(one: list[tuple[float, float]], other: list[tuple[float, float]], relative: float = 1e-5) -> None:
+def assert_close(
+    one: list[tuple[float, float]], other: list[tuple[float, float]], relative: float = 1e-5
+) -> None:
     assert len(one) == len(other)
     for step, (a, b) in enumerate(zip(one, other)):
         for name, x, y in zip(("loss", "gradient norm"), a, b):

@@ -1,4 +1,6 @@
-"""Checkpoints: any engine and world goes on from any other's; only whole ones exist; mistakes are one line."""
+"""Checkpoints: any engine and world goes on from any other's; only whole ones exist; mistakes are one
+line.
+"""
 
 import errno
 import json
@@ -15,7 +17,16 @@ from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.errors import UserError
 
 SAVERS = [("fsdp", 2), ("zero3", 2), ("zero2", 2), ("zero1", 1), ("hsdp", 2), ("zero0", 2)]
-LOADERS = [("fsdp", 1), ("fsdp", 2), ("zero3", 2), ("zero3", 1), ("zero2", 2), ("zero1", 1), ("ddp", 2), ("zero0", 1)]
+LOADERS = [
+    ("fsdp", 1),
+    ("fsdp", 2),
+    ("zero3", 2),
+    ("zero3", 1),
+    ("zero2", 2),
+    ("zero1", 1),
+    ("ddp", 2),
+    ("zero0", 1),
+]
 
 
 def save_at_3(world, case, root):
@@ -118,7 +129,9 @@ def test_retention_keeps_the_last_and_every_nth(copy):
     assert checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2, keep_every=3)) == [4]
     assert checkpoint.list_steps(copy.parent) == [3, 6, 7, 8]
     (checkpoint.directory_of(copy.parent, 8) / "__0_0.distcp").write_bytes(b"")
-    assert checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2)) == []  # the newest does not verify: keep all
+    assert (
+        checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2)) == []
+    )  # the newest does not verify: keep all
 
 
 def full_disk(world, case, root, where):
@@ -129,7 +142,9 @@ def full_disk(world, case, root, where):
     def refuse(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    module, name = {"shard": (torch, "save"), "state": (checkpoint, "_write"), "rename": (os, "rename")}[where]
+    module, name = {"shard": (torch, "save"), "state": (checkpoint, "_write"), "rename": (os, "rename")}[
+        where
+    ]
     original = getattr(module, name)
     if world.rank == 0:
         setattr(module, name, refuse)
@@ -155,7 +170,10 @@ def test_a_full_disk_fails_on_all_ranks_and_leaves_the_older_one(pool, tmp_path,
 def test_state_is_readable_json(saved):
     state = json.loads((saved["zero3", 2] / "state.json").read_text())
     assert (state["step"], state["updates"], state["engine"], state["world"]) == (3, 3, "zero3", 2)
-    assert state["shapes"]["embed.weight" if "embed.weight" in state["shapes"] else "head.weight"] == [256, 32]
+    assert state["shapes"]["embed.weight" if "embed.weight" in state["shapes"] else "head.weight"] == [
+        256,
+        32,
+    ]
 
 
 def test_paths_that_hold_no_checkpoint(tmp_path: Path):

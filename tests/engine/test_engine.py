@@ -1,4 +1,6 @@
-"""What the engine promises besides its numbers: skipping, agreement, evaluation, initial weights, whole tensors."""
+"""What the engine promises besides its numbers: skipping, agreement, evaluation, initial weights, whole
+tensors.
+"""
 
 import math
 from dataclasses import replace
@@ -36,7 +38,9 @@ def test_initial_weights_do_not_depend_on_sharding(pool, kind, world):
 
 
 def train_with_poison(world, case, poison):
-    """Step 1 of 4 is poisoned on the last rank only: `loss` an infinite loss, `gradient` a NaN behind a finite loss."""
+    """Step 1 of 4 is poisoned on the last rank only: `loss` an infinite loss, `gradient` a NaN behind a
+    finite loss.
+    """
     engine = make(world, case)
     results = []
 
@@ -67,9 +71,13 @@ class NanGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-@pytest.mark.parametrize(("kind", "dtype"), [*((k, "float32") for k in BACK_ENDS), ("zero1", "bfloat16"), ("zero2", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((k, "float32") for k in BACK_ENDS), ("zero1", "bfloat16"), ("zero2", "bfloat16")]
+)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(pool, kind, dtype, poison):
-    for skipped, norms, updates, finite in pool.run(2, train_with_poison, Case(kind, options={"dtype": dtype}), poison):
+    for skipped, norms, updates, finite in pool.run(
+        2, train_with_poison, Case(kind, options={"dtype": dtype}), poison
+    ):
         assert skipped == [False, True, False, False]
         assert norms[1] == math.inf
         assert all(math.isfinite(n) for i, n in enumerate(norms) if i != 1)
@@ -88,19 +96,24 @@ def evaluate(world, case):
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero3"])
 def test_evaluation_sums_over_ranks_and_leaves_training_alone(pool, kind):
-    (before, sums, after) = pool.run(2, evaluate, Case(kind))[0]
+    (_, sums, after) = pool.run(2, evaluate, Case(kind))[0]
     (_, alone, after_alone) = pool.run(1, evaluate, Case(kind))[0]
     assert sums["items"] == alone["items"] == sum(p.num_items for p in pieces(1, 0, 1, 2))
     assert sums["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert sums["rows"] == 12
     assert after[0] == pytest.approx(after_alone[0], rel=1e-5)
-    assert sums["loss"] / sums["items"] == pytest.approx(after[0][0], rel=1e-6)  # the next step's loss is the same
+    assert sums["loss"] / sums["items"] == pytest.approx(
+        after[0][0], rel=1e-6
+    )  # the next step's loss is the same
 
 
 def masked_step(world, case):
     engine = make(world, case)
     start = torch.cat([t.flatten().clone() for _, t in engine.full_tensors()])
-    micros = [replace(p, targets_BT=torch.full_like(p.targets_BT, -100), num_items=0) for p in pieces(0, world.rank, world.size, 2)]
+    micros = [
+        replace(p, targets_BT=torch.full_like(p.targets_BT, -100), num_items=0)
+        for p in pieces(0, world.rank, world.size, 2)
+    ]
     result = engine.train_step(micros, loss, 0.0)
     end = torch.cat([t.flatten() for _, t in engine.full_tensors()])
     engine.close()
@@ -125,7 +138,10 @@ def test_ranks_agree_on_words(pool):
 
 
 def test_batch_hash_does_not_depend_on_the_split(pool):
-    hashes = {pool.run(world, batch_hash, Case(split=split))[0] for world, split in ((1, 12), (1, 5), (2, 6), (2, 1))}
+    hashes = {
+        pool.run(world, batch_hash, Case(split=split))[0]
+        for world, split in ((1, 12), (1, 5), (2, 6), (2, 1))
+    }
     assert len(hashes) == 1
 
 
@@ -150,7 +166,10 @@ def test_launchers_are_read_from_the_environment():
 
 def test_the_engine_that_accelerate_names():
     assert engine_of_launcher({}) is None
-    assert engine_of_launcher({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == "zero3"
+    assert (
+        engine_of_launcher({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+        == "zero3"
+    )
     assert engine_of_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}) == "fsdp"
     with pytest.raises(UserError, match="fsdp_version"):
         engine_of_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})

@@ -1,4 +1,6 @@
-"""The numerics matrix: every back end, world size and accumulation split has the loss and norm of one plain loop."""
+"""The numerics matrix: every back end, world size and accumulation split has the loss and norm of one plain
+loop.
+"""
 
 import itertools
 
@@ -55,7 +57,9 @@ def test_cpu_offload_changes_nothing(pool, reference, kind):
 
 
 def test_bf16_agrees_between_back_ends(pool, reference):
-    """Masters and reductions are fp32 everywhere, so bf16 back ends differ from each other as little as fp32 ones do."""
+    """Masters and reductions are fp32 everywhere, so bf16 back ends differ from each other as little as fp32
+    ones do.
+    """
     kinds = ("ddp", "fsdp", "zero1", "zero2", "zero3")
     curves = {k: pool.run(2, train, Case(k, 3, options={"dtype": "bfloat16"}))[0] for k in kinds}
     for one, other in itertools.pairwise(kinds):
@@ -64,4 +68,6 @@ def test_bf16_agrees_between_back_ends(pool, reference):
 
 
 def test_persistent_small_parameters_of_zero3(pool, reference):
-    assert_close(pool.run(2, train, Case("zero3", 3, options={"persistence_threshold": 100}))[0], reference[True])
+    assert_close(
+        pool.run(2, train, Case("zero3", 3, options={"persistence_threshold": 100}))[0], reference[True]
+    )

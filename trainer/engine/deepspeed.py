@@ -85,6 +85,9 @@ class DeepSpeedEngine(Engine):
         super().__init__(model_config, config, optim, world)
         self.stage = int(config.kind.removeprefix("zero"))
         settings = deepspeed_config(config, optim, world)
+        os.environ.setdefault(
+            "LOCAL_RANK", str(world.local_rank)
+        )  # DeepSpeed insists on it, srun does not set it
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(
                 dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False
