@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark in turn, each in its own process. They print ratios and never fail on speed."""
+"""`make bench`: every benchmark, each in a process of its own; they print ratios and never fail on speed."""
 
 import subprocess
 import sys
