@@ -131,15 +131,16 @@ def gpu_peak(name: str) -> float | None:
 
 @functools.cache
 def _cpu_peak(dtype: torch.dtype, threads: int) -> float:
-    """Best of a few square matmuls within about 0.1 s; `threads` is only the cache's key.
+    """Best of many short square matmuls within about 0.3 s; `threads` is only the cache's key.
 
-    The best, not the mean: other processes can only make it slower.
+    The best, not the mean, and short ones: other processes can only make one slower, and on a busy machine only a short
+    one gets through undisturbed (with long ones a loaded laptop came out at half its speed, and MFU above 1).
     """
-    size = 1024
+    size = 512
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     with torch.inference_mode():
         out = a @ b
-        best, end = float("inf"), time.perf_counter() + 0.1
+        best, end = float("inf"), time.perf_counter() + 0.3
         while time.perf_counter() < end:
             begin = time.perf_counter()
             torch.mm(a, b, out=out)
