@@ -88,7 +88,7 @@ def test_accelerate_launch_on_two_ranks(dataset, unbroken, tmp_path, name):
 def test_torchrun_and_python_m(dataset, unbroken, tmp_path):
     finish(start(torchrun(2), tiny(dataset, tmp_path / "torchrun", "engine=zero0")))
     assert_same_curve(curve(tmp_path / "torchrun"), curve(unbroken))
-    finish(start(["trainer.pretrain"], tiny(dataset, tmp_path / "module", "micro_batch=6")))
+    finish(start(["trainer.pretrain"], tiny(dataset, tmp_path / "module", "micro_batch=6", "engine=zero1")))
     assert_same_curve(curve(tmp_path / "module"), curve(unbroken))
 
 

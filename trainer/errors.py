@@ -13,3 +13,7 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class SharedError(UserError):
+    """The same mistake told on every rank at once: rank 0 alone prints it."""

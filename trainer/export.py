@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trivium export", description=__doc__)
     parser.add_argument("run", help="run or checkpoint directory")
     parser.add_argument("--to", default="hf", choices=["hf"], help="form (default hf)")
-    parser.add_argument("--out", help="output directory (default RUN/hf)")
+    parser.add_argument("--out", help="output directory (default: hf in the run directory)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     args = parser.parse_args(argv)
     import torch
@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     source = open_source(args.run)
     if source.step is None:
         raise UserError(f"{args.run}: is a Hugging Face directory already")
-    out = Path(args.out) if args.out else Path(args.run) / "hf"
+    # Beside the checkpoints, never inside one: a checkpoint directory is what was committed and nothing else.
+    out = Path(args.out) if args.out else source.directory.parent.parent / "hf"
     export_hf(
         source.config,
         source.weights(),

@@ -47,6 +47,7 @@ class Stage(Protocol):
 
     name: str
     tokenizer: Tokenizer | None  # None: no text samples
+    read_ahead: int  # threads that prepare batches; 0 where a batch depends on the weights
 
     def batch(self, step: int) -> Batch:
         """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the
@@ -113,8 +114,7 @@ class Loop:
             self.loggers.message(f"{self.run_directory.path}: {steps} steps are done; raise steps to go on")
             return 0
         self.goodput.start()
-        workers = getattr(getattr(self.config, "data", None), "workers", 0)
-        with stop_requests() as request, Prefetcher(self.stage.batch, workers) as batches:
+        with stop_requests() as request, Prefetcher(self.stage.batch, self.stage.read_ahead) as batches:
             if self.progress.step == 0:
                 self._log(self._look(first=True))
             stopped = 0
@@ -199,6 +199,8 @@ class Loop:
                 micros = self.stage.eval_batches()
                 if micros:
                     metrics |= self.stage.eval_metrics(self.engine.evaluate(micros, self.stage.eval_loss))
+            if summary := self.goodput.summary():
+                metrics["run/goodput"] = summary.goodput
         if due(self.config.sample.every) and self.config.sample.prompts and self.stage.tokenizer:
             with self.timer.part("sample"):
                 self._sample(self.stage.tokenizer)
@@ -269,11 +271,7 @@ def resume(engine: Engine, stage: Stage, run: RunDirectory) -> tuple[Progress, l
 
     A checkpoint that does not verify is named and the one before it is used.
     """
-    path: Path | None = None
-    problems: list[str] = []
-    if engine.world.is_main:
-        path, problems = checkpoint.newest_whole(run.checkpoints)
-    path, problems = engine.world.gather((path, problems))[0]  # type: ignore[misc]
+    path, problems = checkpoint.newest_whole(run.checkpoints, engine.world)
     told = [f"damaged checkpoint left out: {problem}" for problem in problems]
     if path is None:
         return Progress(), told

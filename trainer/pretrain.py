@@ -33,10 +33,13 @@ class Pretrain:
     def __init__(self, config: PretrainConfig, world: "World"):
         import torch
 
+        from trainer.model.attention import require_backend
         from trainer.stream.batches import TokenBatches
 
         self.config = config
         self.device = world.device
+        require_backend(config.model, world.device.type, training=True)
+        self.read_ahead = config.data.workers
         self.tokenizer = find_tokenizer(config)
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(config.model.vocab_size)

@@ -101,8 +101,13 @@ def test_a_directory_without_its_marker_does_not_exist(copy):
         checkpoint.find(copy.parent.parent)
 
 
+def newest(world, root):
+    return checkpoint.newest_whole(root, world)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
-def test_damage_is_named_and_the_previous_one_is_used(copy, harm):
+@pytest.mark.parametrize("world", [1, 2])
+def test_damage_is_named_and_the_previous_one_is_used(pool, copy, harm, world):
     shutil.copytree(copy, newer := checkpoint.directory_of(copy.parent, 4))
     victim = newer / ("manifest.json" if harm == "manifest" else "__1_0.distcp")
     data = victim.read_bytes()
@@ -112,7 +117,7 @@ def test_damage_is_named_and_the_previous_one_is_used(copy, harm):
         victim.write_bytes(data[:-1])
     else:
         victim.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    path, problems = checkpoint.newest_whole(copy.parent)
+    path, problems = pool.run(world, newest, copy.parent)[-1]
     assert path == copy
     assert len(problems) == 1
     assert victim.name in problems[0]

@@ -30,7 +30,8 @@ from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.engine.engine import Engine
 from trainer.engine.ranges import FlatRange
 from trainer.engine.storage import INDEX, RangeReader, RangeWriter, read_index
-from trainer.errors import UserError
+from trainer.engine.world import World
+from trainer.errors import SharedError, UserError
 
 MARKER = "COMMITTED"
 NAME = re.compile(r"step-(\d{8,})$")
@@ -149,7 +150,7 @@ def _raise_together(engine: Engine, failure: str, root: Path, working: Path | No
         if working is not None and engine.world.is_main:
             shutil.rmtree(working, ignore_errors=True)
         engine.world.barrier()  # the error is raised after the tidying, on every rank
-        raise UserError(
+        raise SharedError(
             f"cannot save a checkpoint in {root}: {said[0]}; free or extend the disk and start again"
         )
 
@@ -166,20 +167,23 @@ def list_steps(root: Path) -> list[int]:
     return sorted(step for step, path in found if is_committed(path))
 
 
-def check(path: Path, hashes: bool = True) -> str:
-    """What is wrong with a checkpoint directory, in words; empty if it is whole."""
+def check(path: Path, hashes: bool = True, rank: int = 0, size: int = 1) -> str:
+    """What is wrong with a checkpoint directory, in words; empty if it is whole.
+
+    `hashes`: also read the files again; of `size` ranks each reads its part.
+    """
     if not is_committed(path):
         return f"{path} has no {MARKER} marker: its save did not finish"
     manifest = path / "manifest.json"
     if not manifest.is_file() or (path / MARKER).read_text() != _hash(manifest):
         return f"{manifest} is not the one that was committed"
-    for name, (size, digest) in json.loads(manifest.read_text()).items():
+    for number, (name, (length, digest)) in enumerate(json.loads(manifest.read_text()).items()):
         file = path / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes, {size} were committed"
-        if hashes and _hash(file) != digest:
+        if file.stat().st_size != length:
+            return f"{file} has {file.stat().st_size} bytes, {length} were committed"
+        if hashes and number % size == rank and _hash(file) != digest:
             return f"{file} does not have the content that was committed"
     return ""
 
@@ -203,15 +207,19 @@ def find(path: str | Path) -> Path:
     return directory_of(root, steps[-1])
 
 
-def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with the newer ones that do not."""
+def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with the newer ones that do not. Collective."""
     problems: list[str] = []
-    for step in reversed(list_steps(root)):
+    steps = world.gather(list_steps(root))[
+        0
+    ]  # rank 0's view: a shared file system may show others an older one
+    assert isinstance(steps, list)
+    for step in reversed(steps):
         path = directory_of(root, step)
-        problem = check(path)
-        if not problem:
+        found = [str(text) for text in world.gather(check(path, True, world.rank, world.size)) if text]
+        if not found:
             return path, problems
-        problems.append(problem)
+        problems.append(found[0])
     return None, problems
 
 
@@ -269,7 +277,8 @@ def prune(root: Path, config: CheckpointConfig) -> list[int]:
         s for s in steps if config.keep_every and s % config.keep_every == 0
     }
     doomed = [step for step in steps if step not in kept]
-    if doomed and check(directory_of(root, steps[-1])):
+    # Its hashes were taken from the files when it was saved; here sizes and marker tell a broken disk.
+    if doomed and check(directory_of(root, steps[-1]), hashes=False):
         return []
     for step in doomed:
         path = directory_of(root, step)

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trainer.errors import UserError
+from trainer.errors import SharedError, UserError
 
 START_TIMEOUT = timedelta(minutes=10)
 
@@ -70,7 +70,7 @@ class World:
         values = self.gather(value)
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
         if odd:
-            raise UserError(
+            raise SharedError(
                 f"{what} differs between ranks: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
                 f"give every node the same files, environment and overrides"
             )

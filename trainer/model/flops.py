@@ -133,8 +133,9 @@ def gpu_peak(name: str) -> float | None:
 def _cpu_peak(dtype: torch.dtype, threads: int) -> float:
     """Best of many short square matmuls within about 0.3 s; `threads` is only the cache's key.
 
-    The best, not the mean, and short ones: other processes can only make one slower, and on a busy machine only a short
-    one gets through undisturbed (with long ones a loaded laptop came out at half its speed, and MFU above 1).
+    The best, not the mean, and short ones: other processes can only make one slower, and on a busy machine
+    only a short one gets through undisturbed (with long ones a loaded laptop came out at half its speed, and
+    MFU above 1).
     """
     size = 512
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
