@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -263,7 +264,9 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     sizes = read_index(path)
     for name, shape in shapes.items():
         whole = FlatRange(torch.empty(sizes[f"{name}/param"]["size"]), 0, shape)
-        dcp.load({f"{name}/param": whole}, storage_reader=RangeReader(path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+            dcp.load({f"{name}/param": whole}, storage_reader=RangeReader(path), no_dist=True)
         yield name, whole.local.view(shape)
 
 
