@@ -18,7 +18,7 @@ from rich.console import Console
 from trainer.errors import UserError
 from trainer.observe.loggers import read_metrics
 
-PROMPT = "To create a table, "
+PROMPT = "To create a table,"
 COMMANDS = (
     ("the built-in web pages become documents, a tokenizer and token shards", "data"),
     ("a model of 4 M parameters learns to predict them", "pretrain experiment=quickstart"),
