@@ -29,7 +29,7 @@ COMMANDS = (
 NEXT = """Next:
   trivium chat runs/quickstart                    talk to it; /top 10 shows what it would say next
   trivium tokens "Tokens are not words."          see text as the model sees it
-  trivium pretrain experiment=quickstart          says that it is done; steps=300 goes on
+  trivium pretrain experiment=quickstart          says that it is done; steps=1000 goes on
   accelerate launch --config_file configs/accelerate/zero3.yaml -m trainer.pretrain \\
       experiment=quickstart run_dir=runs/zero3    the same run on 2 ranks under DeepSpeed: the same losses"""
 
@@ -37,7 +37,7 @@ NEXT = """Next:
 def main(argv: list[str] | None = None) -> int:
     """Run it all; returns the exit code. Raises UserError where a step failed."""
     argparse.ArgumentParser(prog="trivium quickstart", description=__doc__).parse_args(argv)
-    console = Console()
+    console = Console(soft_wrap=True)
     started = time.perf_counter()
     for what, command in COMMANDS:
         console.print(f"\n[bold]{what}[/]\n[green]$ trivium {command}[/]", highlight=False)
@@ -64,13 +64,15 @@ def _check_export(path: Path) -> str:
         return f"Hugging Face model: {path} (install trivium[hf] to have it loaded and compared here)"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from trainer.load import load_model
 
+    logging.disable_progress_bar()
     ours = load_model("runs/quickstart")
     theirs = AutoModelForCausalLM.from_pretrained(path)
     ids = torch.tensor([AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]])
     with torch.inference_mode():
         worst = (theirs(ids).logits - ours.model(ids)).abs().max().item()
     kind = type(theirs).__name__
-    return f"Hugging Face model: {path} loads as {kind}; its logits differ from ours by at most {worst:.0e}"
+    return f"Hugging Face model: {path} loads as {kind}, its logits within {worst:.0e} of ours"
