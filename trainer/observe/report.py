@@ -28,17 +28,24 @@ KIND_COLOURS = dict(
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1120px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.6em; margin: 0 } h2 { font-size: 1.15em; margin: 2em 0 .6em; border-bottom: 1px solid #ddd
-} .muted { color: #666 } .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 1.2em 0 } .card {
-border: 1px solid #ddd; border-radius: 6px; padding: 8px 16px } .card b { display: block; font-size: 1.35em
-} .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 12px
-} .plots svg { width: 100%; height: auto } .wide { overflow-x: auto } table { border-collapse: collapse;
-width: 100% } td, th { text-align: left; vertical-align: top; padding: 4px 10px; border-bottom: 1px solid
-#eee } td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 100%; font: 13px/1.5 ui-monospace,
-monospace } .prompt { color: #1f5fa8 } pre { background: #f7f7f7; padding: 12px; overflow: auto; font-size:
-13px } .bar { display: flex; height: 26px; border-radius: 4px; overflow: hidden; margin: .6em 0 } .dot {
-display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em } summary { cursor:
-pointer } """
+h1 { font-size: 1.6em; margin: 0 }
+h2 { font-size: 1.15em; margin: 2em 0 .6em; border-bottom: 1px solid #ddd }
+.muted { color: #666 }
+.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 1.2em 0 }
+.card { border: 1px solid #ddd; border-radius: 6px; padding: 8px 16px }
+.card b { display: block; font-size: 1.35em }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 12px }
+.plots svg { width: 100%; height: auto }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; vertical-align: top; padding: 4px 10px; border-bottom: 1px solid #eee }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 100%; font: 13px/1.5 ui-monospace, monospace }
+.prompt { color: #1f5fa8 }
+pre { background: #f7f7f7; padding: 12px; overflow: auto; font-size: 13px }
+.bar { display: flex; height: 26px; border-radius: 4px; overflow: hidden; margin: .6em 0 }
+.dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }
+summary { cursor: pointer }
+"""
 
 
 def status(run: RunDirectory, life: GoodputSummary | None) -> str:
