@@ -20,7 +20,7 @@ from trainer.engine.engine import Engine, LossSum, Micro, StepResult
 from trainer.engine.schedule import learning_rate
 from trainer.generate.engine import Generator
 from trainer.generate.sampling import SamplingConfig
-from trainer.model.flops import peak_flops, train_flops_per_token
+from trainer.model.flops import attention_pairs, document_lengths, peak_flops, train_flops
 from trainer.model.transformer import Transformer
 from trainer.observe.goodput import Goodput
 from trainer.observe.loggers import Loggers
@@ -103,7 +103,6 @@ class Loop:
             self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt
         )
         self.saved_step = self.progress.step if self.progress.step else -1
-        self.flops_per_token = train_flops_per_token(self.config.model, self.config.seq_len)
         peak = peak_flops(world.device, self.config.engine.compute_dtype(world.device))
         self.peak = peak * world.size if peak else None
 
@@ -155,7 +154,7 @@ class Loop:
         metrics = self._look() | self._describe(batch, result, lr)
         parts = self.timer.finish()
         self.goodput.step(self.progress.step, parts)
-        self._log(metrics | parts | self._speed(result.num_items, parts["speed/step_s"]))
+        self._log(metrics | parts | self._speed(batch, result.num_items, parts["speed/step_s"]))
 
     def _describe(self, batch: Batch, result: StepResult, lr: float) -> dict[str, Any]:
         return {
@@ -166,12 +165,25 @@ class Loop:
             "run/attempt": self.run_directory.attempt, **self._memory(),
         }  # fmt: skip
 
-    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
+    def _speed(self, batch: Batch, tokens: int, seconds: float) -> dict[str, float]:
         rate = tokens / seconds
         speed = {"speed/tokens_per_s": rate, "speed/tokens_per_s_per_device": rate / self.engine.world.size}
+        flops = self._flops(
+            batch, tokens
+        )  # may be a collective: outside the `if`, ranks may differ in their peak
         if self.peak:
-            speed["speed/mfu"] = rate * self.flops_per_token / self.peak
+            speed["speed/mfu"] = flops / seconds / self.peak
         return speed
+
+    def _flops(self, batch: Batch, tokens: int) -> float:
+        """Model FLOPs of a step over all ranks; under a document mask attention counts pairs inside documents."""
+        config = self.config.model
+        if all(micro.documents_BT is None for micro in batch.micros):
+            whole = torch.full((batch.num_samples,), self.config.seq_len)
+            return train_flops(config, tokens, float(attention_pairs(whole, config.sliding_window, "full")))
+        lengths = torch.cat([document_lengths(micro.documents_BT) for micro in batch.micros])
+        mine = int(attention_pairs(lengths, config.sliding_window, "full"))
+        return train_flops(config, tokens, float(self.engine.world.sum_words([mine])[0]))
 
     def _memory(self) -> dict[str, float]:
         device = self.engine.world.device

@@ -39,7 +39,8 @@ h2 { font-size: 1.15em; margin: 2em 0 .6em; border-bottom: 1px solid #ddd }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; vertical-align: top; padding: 4px 10px; border-bottom: 1px solid #eee }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 100%; font: 13px/1.5 ui-monospace, monospace }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 100%;
+          font: 13px/1.5 ui-monospace, monospace }
 .prompt { color: #1f5fa8 }
 pre { background: #f7f7f7; padding: 12px; overflow: auto; font-size: 13px }
 .bar { display: flex; height: 26px; border-radius: 4px; overflow: hidden; margin: .6em 0 }
