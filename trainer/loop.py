@@ -168,15 +168,14 @@ class Loop:
     def _speed(self, batch: Batch, tokens: int, seconds: float) -> dict[str, float]:
         rate = tokens / seconds
         speed = {"speed/tokens_per_s": rate, "speed/tokens_per_s_per_device": rate / self.engine.world.size}
-        flops = self._flops(
-            batch, tokens
-        )  # may be a collective: outside the `if`, ranks may differ in their peak
+        # May be a collective, so outside the `if`: a rank on an unknown GPU has no peak.
+        flops = self._flops(batch, tokens)
         if self.peak:
             speed["speed/mfu"] = flops / seconds / self.peak
         return speed
 
     def _flops(self, batch: Batch, tokens: int) -> float:
-        """Model FLOPs of a step over all ranks; under a document mask attention counts pairs inside documents."""
+        """Model FLOPs of a step over all ranks; attention counts pairs inside masked documents."""
         config = self.config.model
         if all(micro.documents_BT is None for micro in batch.micros):
             whole = torch.full((batch.num_samples,), self.config.seq_len)
