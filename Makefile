@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A plain `pip install torch` may bring gigabytes of GPU libraries; the pinned one is installed first, by itself.
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-export DS_ACCELERATOR ?=
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: help install quickstart test lint bench clean

@@ -35,6 +35,7 @@ MISTAKES = {
     "device": (["engine.device=tpu"], ["engine.device=tpu"]),
     "missing data": (["data.train=/no/such/place"], ["/no/such/place"]),
     "init_from": (["init_from=/no/such/run"], ["/no/such/run"]),
+    "sampling": (["sample.temperature=-1"], ["sample.temperature=-1"]),
     "retention": (["checkpoint.keep_last=1"], ["checkpoint.keep_last=1"]),
 }
 

@@ -97,7 +97,6 @@ def test_allowed_changes_are_announced_and_the_older_configs_kept(tmp_path):
         ("seq_len", "128", 256),
         ("global_batch", "8", 16),
         ("model__hidden_size", "64", 128),
-        ("init_from", "null", "runs/base"),
         ("data__shuffle_blocks", "16", 32),
         ("data__sources__web__weight", "0.7", 0.5),
         ("model__rope_scaling", "null", {"kind": "llama3", "factor": 8.0}),

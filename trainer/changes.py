@@ -25,7 +25,6 @@ RULES: tuple[tuple[str, str], ...] = (
         "what was read so far was drawn with it (from here on: add a phase to data.weight_schedule)",
     ),
     ("global_batch", "step n would read other samples"),
-    ("init_from", "the weights now come from this run's own checkpoint: another start would have no effect"),
 )
 # The same for run.json's lineage: digests of what went in, so that a moved path is fine and changed content
 # is not.

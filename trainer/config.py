@@ -15,6 +15,7 @@ from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.engine.config import FSDP_KINDS, ZERO_KINDS, EngineConfig
 from trainer.engine.schedule import OptimConfig, ScheduleConfig
 from trainer.errors import UserError
+from trainer.generate.config import SamplingConfig
 from trainer.model.config import ModelConfig
 from trainer.observe.loggers import LoggerConfig
 from trainer.stream.config import DataConfig
@@ -49,6 +50,14 @@ class SampleConfig:
     def validate(self) -> None:
         if self.every < 0:
             raise UserError(f"sample.every={self.every}: must be >= 0 steps (0: never)")
+        try:
+            self.sampling().validate()
+        except UserError as error:
+            raise UserError(str(error).replace("sampling.", "sample.", 1)) from error
+
+    def sampling(self) -> SamplingConfig:
+        """How the samples are drawn."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k)
 
 
 @dataclass
@@ -142,7 +151,8 @@ def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None 
     kinds = [o.partition("=")[2] for o in overrides if o.startswith("engine.kind=")]
     if launcher_engine is not None:
         for named in chosen + kinds:
-            if named != launcher_engine:
+            # `ddp` is what accelerate says without any config file, too: then it has no opinion.
+            if named != launcher_engine != "ddp":
                 raise UserError(
                     f"engine={named}: but accelerate's config file starts {launcher_engine}; "
                     f"drop engine= or pass "

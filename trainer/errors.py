@@ -6,6 +6,7 @@ with code 2. Anything else is a fault of ours and keeps its traceback.
 """
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request before the last step; the same command goes on
 
 
 class UserError(Exception):

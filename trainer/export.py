@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     if source.step is None:
         raise UserError(f"{args.run}: is a Hugging Face directory already")
     # Beside the checkpoints, never inside one: a checkpoint directory is what was committed and nothing else.
-    out = Path(args.out) if args.out else source.directory.parent.parent / "hf"
+    out = Path(args.out) if args.out else source.directory.resolve().parent.parent / "hf"
     export_hf(
         source.config,
         source.weights(),

@@ -4,13 +4,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.config import StageConfig, compose_stage, help_text, plain
 from trainer.errors import EXIT_USER_ERROR, SharedError, UserError
 
 if TYPE_CHECKING:
+    from trainer.engine.engine import Engine
     from trainer.engine.world import World
+    from trainer.load import Source
     from trainer.loop import Stage
 
 T = TypeVar("T")
@@ -20,13 +23,14 @@ MakeStage = Callable[[Any, "World"], "Stage"]
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Call a command; a `UserError` becomes one line on stderr and exit code 2, else the traceback stays.
 
-    Before the ranks have met all of them fail alike, so rank 0 alone speaks.
+    Before the ranks have met they mostly fail alike, so one per host speaks: a host may have its own mistake.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"trivium: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
+            print(f"trivium: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 
 
@@ -52,12 +56,17 @@ def run_stage(name: str, story: str, argv: list[str], make_stage: MakeStage) -> 
 
 
 def adopt_model(config: StageConfig, overrides: list[str]) -> StageConfig:
-    """With `init_from`, the architecture is that of the weights; a `model` asked for must not differ."""
+    """With `init_from`, the architecture is that of the weights; a `model` asked for must not differ.
+
+    A run that has saved goes on from its own checkpoint: then `init_from` may have moved or gone.
+    """
     if config.init_from is None:
         return config
+    from trainer.engine.checkpoint import list_steps
     from trainer.load import open_source
 
-    found = open_source(config.init_from).config
+    started = bool(list_steps(Path(config.run_dir) / "checkpoints"))
+    found = open_source(config.run_dir if started else config.init_from).config
     # How it is computed is not part of what it is.
     found = replace(found, attention=config.model.attention, loss_chunk_tokens=config.model.loss_chunk_tokens)
     for key in (o.partition("=")[0] for o in overrides if o.startswith(("model.", "model="))):
@@ -90,8 +99,8 @@ def train(name: str, config: StageConfig, make_stage: MakeStage) -> int:
 
 
 def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World") -> int:
+    from trainer.engine import checkpoint
     from trainer.engine.build import build_engine
-    from trainer.load import open_source
     from trainer.loop import Loop, resume
     from trainer.observe.loggers import make_loggers
     from trainer.run import RunDirectory, config_hash
@@ -102,20 +111,34 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     if stage.tokenizer is not None:
         lineage["tokenizer"] = stage.tokenizer.sha256
 
-    def open_run() -> RunDirectory:
-        share = lambda value: world.gather(value)[0]  # noqa: E731
-        return RunDirectory.open(
-            config.run_dir, plain(config), name, world.rank, lineage, world=world.size, share=share
-        )
-
+    # Everything that can be a mistake is looked at before the run directory is written.
+    saved, damaged = checkpoint.newest_whole(Path(config.run_dir) / "checkpoints", world)
+    if saved is not None:
+        state = checkpoint.read_state(saved)
+        together(world, lambda: stage.check_state(state["stream"], state["step"]))
     engine = together(
         world, lambda: build_engine(config.model, config.engine, config.optim, world, config.seed)
     )
+    told = list(stage.notes)
+    if saved is None and config.init_from is not None:
+        source = together(world, lambda: load_initial(engine, stage, str(config.init_from)))
+        lineage["parent"] = source.digest()
+        told.append(f"weights from {source.directory}")
+
+    def open_run() -> RunDirectory:
+        return RunDirectory.open(
+            config.run_dir, plain(config), name, world.rank, lineage, world=world.size,
+            share=lambda value: world.gather(value)[0],
+        )  # fmt: skip
+
     run = together(world, open_run)
-    progress, told = together(world, lambda: resume(engine, stage, run))
-    if progress.step == 0 and config.init_from is not None:
-        engine.load_weights(open_source(config.init_from).weights())
-        told.append(f"weights from {config.init_from}")
+    for path, problem in damaged.items():
+        told.append(f"damaged checkpoint set aside as {path.name}.damaged: {problem}")
+        if world.is_main:
+            checkpoint.set_aside(path)
+    progress = together(world, lambda: resume(engine, saved))
+    if saved is not None:
+        told.append(f"going on from {saved}")
     run.resume_from(progress.step)
     loggers = make_loggers(config.logger, run, config.steps, progress.step)
     code = 1
@@ -128,6 +151,24 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
         run.close()
     engine.close()
     return code
+
+
+def load_initial(engine: "Engine", stage: "Stage", path: str) -> "Source":
+    """Weights of another model into a fresh engine, after a look whether its ids mean the same text."""
+    from trainer.chat.tokenizer import Tokenizer
+    from trainer.load import open_source
+
+    source = open_source(path)
+    if source.tokenizer_dir is not None and stage.tokenizer is not None:
+        theirs = Tokenizer.load(source.tokenizer_dir)
+        if not theirs.same_ids(stage.tokenizer):
+            raise UserError(
+                f"init_from={path}: its tokenizer has other ids than the data's, {stage.tokenizer.directory}; "
+                f"
+                f"encode the data with it: trivium data tokenizer.path={source.tokenizer_dir}"
+            )
+    engine.load_weights(source.weights())
+    return source
 
 
 def together(world: "World", work: Callable[[], T]) -> T:

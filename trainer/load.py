@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from trainer.chat.tokenizer import Tokenizer
@@ -36,6 +37,17 @@ class Source:
     directory: Path
     step: int | None
     tokenizer_dir: Path | None
+
+    def digest(self) -> str:
+        """What a run that starts here remembers it by: a checkpoint's marker, else config and file sizes."""
+        if self.step is not None:
+            return (self.directory / checkpoint.MARKER).read_text()
+        files = sorted(self.directory.glob("*.safetensors"))
+        parts = [
+            (self.directory / "config.json").read_text(),
+            *(f"{p.name} {p.stat().st_size}" for p in files),
+        ]
+        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors one by one."""

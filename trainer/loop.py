@@ -18,8 +18,8 @@ from trainer.config import StageConfig
 from trainer.engine import checkpoint
 from trainer.engine.engine import Engine, LossSum, Micro, StepResult
 from trainer.engine.schedule import learning_rate
+from trainer.errors import EXIT_STOPPED
 from trainer.generate.engine import Generator
-from trainer.generate.sampling import SamplingConfig
 from trainer.model.flops import attention_pairs, document_lengths, peak_flops, train_flops
 from trainer.model.transformer import Transformer
 from trainer.observe.goodput import Goodput
@@ -29,7 +29,6 @@ from trainer.run import RunDirectory
 from trainer.signals import NAMES, stop_requests
 from trainer.stream.loader import Prefetcher
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request before the last step; the same command goes on
 GIB = 1 << 30
 
 
@@ -48,6 +47,7 @@ class Stage(Protocol):
     name: str
     tokenizer: Tokenizer | None  # None: no text samples
     read_ahead: int  # threads that prepare batches; 0 where a batch depends on the weights
+    notes: list[str]  # what to tell the user at the start
 
     def batch(self, step: int) -> Batch:
         """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the
@@ -110,7 +110,13 @@ class Loop:
         """Train to the last step, or to an agreed stop."""
         steps = self.config.steps
         if self.progress.step >= steps:
-            self.loggers.message(f"{self.run_directory.path}: {steps} steps are done; raise steps to go on")
+            done = self.progress.step
+            self.loggers.message(
+                f"{self.run_directory.path}: {done} of {steps} steps are done; raise steps to go on"
+            )
+            self.run_directory.mark_done(
+                done
+            )  # a kill between the last save and its mark must not last for ever
             return 0
         self.goodput.start()
         with stop_requests() as request, Prefetcher(self.stage.batch, self.stage.read_ahead) as batches:
@@ -236,12 +242,11 @@ class Loop:
         if copy is None:
             return
         sample = self.config.sample
-        sampling = SamplingConfig(sample.max_new_tokens, sample.temperature, sample.top_k)
         prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in sample.prompts]
         keys = [("sample", index) for index in range(len(prompts))]
         generator = Generator(copy, eos_ids=tokenizer.eos_ids, tokenizer=tokenizer)
         try:
-            written = generator.generate(prompts, sampling, seed=self.config.seed, keys=keys)
+            written = generator.generate(prompts, sample.sampling(), seed=self.config.seed, keys=keys)
         except (
             FloatingPointError
         ):  # weights that are not finite: training says so itself, a sample must not end it
@@ -276,17 +281,9 @@ class Loop:
                 checkpoint.prune(self.run_directory.checkpoints, self.config.checkpoint)
 
 
-def resume(engine: Engine, stage: Stage, run: RunDirectory) -> tuple[Progress, list[str]]:
-    """Load the newest whole checkpoint of the run, if there is one. Collective; returns it and what to tell
-    the user.
-
-    A checkpoint that does not verify is named and the one before it is used.
-    """
-    path, problems = checkpoint.newest_whole(run.checkpoints, engine.world)
-    told = [f"damaged checkpoint left out: {problem}" for problem in problems]
+def resume(engine: Engine, path: Path | None) -> Progress:
+    """Load a checkpoint of the run into the engine; none: the run begins. Collective."""
     if path is None:
-        return Progress(), told
-    state = checkpoint.read_state(path)
-    stage.check_state(state["stream"], state["step"])
-    checkpoint.load(path, engine)
-    return Progress(state["step"], state["tokens"], state["skipped"]), [*told, f"going on from {path}"]
+        return Progress()
+    state = checkpoint.load(path, engine)
+    return Progress(state["step"], state["tokens"], state["skipped"])

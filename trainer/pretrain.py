@@ -44,12 +44,19 @@ class Pretrain:
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(config.model.vocab_size)
             self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.device)
+        self.notes = []
+        if self.tokenizer is None and (config.eval.every or config.sample.every):
+            self.notes.append("no tokenizer beside the data: no samples, no bits per byte; set tokenizer=DIR")
         self.batches = TokenBatches(
             config.data, seed=config.seed, seq_len=config.seq_len, global_batch=config.global_batch,
             micro_batch=config.micro_batch, rank=world.rank, world=world.size,
             vocab_size=config.model.vocab_size, tokenizer_sha256=self.tokenizer.sha256 if self.tokenizer else
             None,
         )  # fmt: skip
+        if config.eval.every:
+            _ = (
+                self.batches.val_readers
+            )  # opened now: what is wrong with them is told before the run is written
 
     def batch(self, step: int) -> "Batch":
         return self.batches.batch(step)

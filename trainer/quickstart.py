@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.errors import UserError
+from trainer.errors import EXIT_STOPPED, UserError
 from trainer.observe.loggers import read_metrics
 
 PROMPT = "To create a table,"
@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     for what, command in COMMANDS:
         console.print(f"\n[bold]{what}[/]\n[green]$ trivium {command}[/]", highlight=False)
         words = [sys.executable, "-m", "trainer", *shlex.split(command)]
-        if subprocess.run(words, check=False).returncode:
+        code = _run(words)
+        if code == EXIT_STOPPED:
+            return code
+        if code:
             raise UserError(f"`trivium {command}` failed, see above; mend it and run the quickstart again")
     run = Path("runs/quickstart")
     bpb = [line["val/bpb"] for line in read_metrics(run / "metrics.jsonl") if "val/bpb" in line]
@@ -56,6 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     console.print(_check_export(run / "hf"), highlight=False)
     console.print(f"curves and samples: {run}/report.html\n\n{NEXT}", highlight=False, markup=False)
     return 0
+
+
+def _run(words: list[str]) -> int:
+    """The command's exit code. Ctrl-C reaches it as well: it saves and stops, and we wait for that."""
+    child = subprocess.Popen(words)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def _check_export(path: Path) -> str:

@@ -242,7 +242,9 @@ class RunDirectory:
         chosen."""
         self.state["attempts"][-1]["from_step"] = step
         self._write_state()
-        return self.truncate_metrics(step)
+        return self.truncate_metrics(
+            step or -1
+        )  # from the start: the evaluation before step 1 comes again, too
 
     def truncate_metrics(self, step: int) -> int:
         """Steps after `step` will be trained again, so their lines leave metrics.jsonl and samples.jsonl,

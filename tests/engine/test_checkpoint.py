@@ -26,6 +26,7 @@ LOADERS = [
     ("zero1", 1),
     ("ddp", 2),
     ("zero0", 1),
+    ("hsdp", 4),
 ]
 
 
@@ -61,8 +62,9 @@ def saved(pool, tmp_path_factory):
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda pair: f"{pair[0]}x{pair[1]}")
 def test_any_engine_goes_on_from_any_other(pool, saved, loader):
     kind, world = loader
+    options = {"shard_size": 2} if kind == "hsdp" else {}
     for path in saved.values():
-        rest, note, updates = pool.run(world, go_on, Case(kind), path)[0]
+        rest, note, updates = pool.run(world, go_on, Case(kind, options=options), path)[0]
         assert_close(rest, plain_loop(6)[3:])
         assert (note, updates) == ("kept", 6)
 
@@ -119,8 +121,11 @@ def test_damage_is_named_and_the_previous_one_is_used(pool, copy, harm, world):
         victim.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     path, problems = pool.run(world, newest, copy.parent)[-1]
     assert path == copy
-    assert len(problems) == 1
-    assert victim.name in problems[0]
+    assert list(problems) == [newer]
+    assert victim.name in problems[newer]
+    assert checkpoint.find(copy.parent.parent) == copy  # chat, export and init_from leave it out, too
+    checkpoint.set_aside(newer)
+    assert checkpoint.list_steps(copy.parent) == [3]
 
 
 def test_another_model_is_refused(pool, saved):
@@ -137,6 +142,14 @@ def test_retention_keeps_the_last_and_every_nth(copy):
     assert (
         checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2)) == []
     )  # the newest does not verify: keep all
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_next_save(copy):
+    shutil.copytree(copy, copy.parent / "step-00000004.tmp")
+    shutil.copytree(copy, unmarked := checkpoint.directory_of(copy.parent, 5))
+    (unmarked / "COMMITTED").unlink()
+    checkpoint.prune(copy.parent, CheckpointConfig())
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
 def full_disk(world, case, root, where):

@@ -67,6 +67,11 @@ def test_bf16_agrees_between_back_ends(pool, reference):
     assert_close(curves["fsdp"], reference[True], relative=5e-3)
 
 
+def test_sharded_groups_that_are_replicated(pool, reference):
+    """Four ranks: weights sharded over two, replicated twice; the gradient crosses both dimensions of the mesh."""
+    assert_close(pool.run(4, train, Case("hsdp", 1, options={"shard_size": 2}))[3], reference[True])
+
+
 def test_persistent_small_parameters_of_zero3(pool, reference):
     assert_close(
         pool.run(2, train, Case("zero3", 3, options={"persistence_threshold": 100}))[0], reference[True]

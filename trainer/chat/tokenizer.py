@@ -129,6 +129,10 @@ class Tokenizer:
         """One token for a human to look at: parts of characters as `\\xe4`."""
         return self.id_to_bytes(index).decode("utf-8", errors="backslashreplace")
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether every id stands for the same bytes in both; the files may differ in form."""
+        return self.sha256 == other.sha256 or self._bytes == other._bytes
+
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: bytes of text that each id stands for, 0 for special tokens.
 

@@ -193,24 +193,29 @@ def find(path: str | Path) -> Path:
     """The checkpoint that a user's path means: a checkpoint directory, or a run directory's newest whole one.
 
     Raises:
-        UserError: nothing there, or a directory whose save did not finish.
+        UserError: nothing there, a directory whose save did not finish, or nothing that verifies.
     """
     path = Path(path)
-    if NAME.search(path.name) or (path / INDEX).is_file():
-        problem = check(path, hashes=False)
+    if NAME.search(path.resolve().name) or (path / INDEX).is_file():
+        problem = check(path)
         if problem:
-            raise UserError(f"{problem}; use another checkpoint of {path.parent}")
+            raise UserError(f"{problem}; use another checkpoint of {path.resolve().parent}")
         return path
     root = path if path.name == "checkpoints" else path / "checkpoints"
-    steps = list_steps(root)
-    if not steps:
-        raise UserError(f"{path}: no committed checkpoint in {root}; give a run directory that has saved one")
-    return directory_of(root, steps[-1])
+    problems = []
+    for step in reversed(list_steps(root)):
+        problem = check(directory_of(root, step))
+        if not problem:
+            return directory_of(root, step)
+        problems.append(problem)
+    if problems:
+        raise UserError(f"{path}: no checkpoint verifies; {problems[0]}")
+    raise UserError(f"{path}: no committed checkpoint in {root}; give a run directory that has saved one")
 
 
-def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with the newer ones that do not. Collective."""
-    problems: list[str] = []
+def newest_whole(root: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and the newer ones that do not with what is wrong. Collective."""
+    problems: dict[Path, str] = {}
     steps = world.gather(list_steps(root))[
         0
     ]  # rank 0's view: a shared file system may show others an older one
@@ -220,8 +225,17 @@ def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
         found = [str(text) for text in world.gather(check(path, True, world.rank, world.size)) if text]
         if not found:
             return path, problems
-        problems.append(found[0])
+        problems[path] = found[0]
     return None, problems
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint: no longer the newest, but there for whoever wants to look into it."""
+    aside = path.with_name(path.name + ".damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(path, aside)
+    return aside
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -271,10 +285,13 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def prune(root: Path, config: CheckpointConfig) -> list[int]:
-    """Delete what the retention rule does not keep, if the newest one verifies. Rank 0 only.
+    """Delete what the retention rule does not keep, if the newest one is whole. Rank 0 only, after a save.
 
-    Returns the steps removed.
+    What a killed save left behind goes too. Returns the steps removed.
     """
+    for path in root.iterdir():
+        if path.name.endswith(".tmp") or (NAME.search(path.name) and not is_committed(path)):
+            shutil.rmtree(path)
     steps = list_steps(root)
     kept = set(steps[-config.keep_last :]) | {
         s for s in steps if config.keep_every and s % config.keep_every == 0

@@ -69,6 +69,6 @@ class EngineConfig:
         import torch  # late: composing a config takes no torch
 
         name = self.dtype
-        if name == "auto":
-            name = "bfloat16" if device.type == "cuda" else "float32"
+        if name == "auto":  # zero0 has no fp32 gradient sum in bf16, see validate()
+            name = "bfloat16" if device.type == "cuda" and self.kind != "zero0" else "float32"
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

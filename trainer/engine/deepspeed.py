@@ -25,8 +25,8 @@ from trainer.engine.wrap import wrap_blocks
 from trainer.model.config import ModelConfig
 from trainer.model.transformer import Block, Transformer
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before the import below
+if not torch.cuda.is_available() and not os.environ.get("DS_ACCELERATOR"):
+    os.environ["DS_ACCELERATOR"] = "cpu"  # must be set before the import below
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402

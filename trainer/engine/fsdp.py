@@ -44,11 +44,11 @@ def build_mesh(config: EngineConfig, world: World) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shard = 1
     if config.kind == "hsdp":
-        local = torch.cuda.device_count() if world.device.type == "cuda" else max(1, world.size // 2)
-        shard = min(local, world.size) if config.shard_size is None else config.shard_size
+        shard = min(world.local_size, world.size) if config.shard_size is None else config.shard_size
         if world.size % shard:
             raise UserError(
-                f"engine.shard_size={shard}: does not divide the {world.size} ranks; choose a divisor"
+                f"engine.shard_size={shard}{'' if config.shard_size else ' (one host)'}: does not divide the "
+                f"{world.size} ranks; set a divisor"
             )
     return init_device_mesh(
         world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard")

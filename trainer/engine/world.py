@@ -27,6 +27,7 @@ class Launch:
     rank: int
     world: int
     local_rank: int
+    local_size: int  # processes on this host
     name: str
 
 
@@ -37,6 +38,7 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int
     device: torch.device
     cpu_group: dist.ProcessGroup
     launcher: str = "python"
@@ -91,7 +93,10 @@ def launch_from_env(env: Mapping[str, str]) -> Launch:
                 "RANK is set but WORLD_SIZE is not: start with torchrun, accelerate launch or srun"
             )
         name = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), name)
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        return Launch(
+            rank, world, int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", world)), name
+        )
     # srun also sets SLURM_PROCID for an interactive shell with one task: that is a plain single process.
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         if "MASTER_ADDR" not in env:
@@ -99,10 +104,10 @@ def launch_from_env(env: Mapping[str, str]) -> Launch:
                 "srun started several tasks but MASTER_ADDR is not set: export MASTER_ADDR=<first host> and "
                 "MASTER_PORT=<port> before srun"
             )
-        return Launch(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")), "srun"
-        )
-    return Launch(0, 1, 0, "python")
+        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+        local_size = int(env.get("SLURM_NTASKS_PER_NODE", -(-world // int(env.get("SLURM_NNODES", "1")))))
+        return Launch(rank, world, int(env.get("SLURM_LOCALID", "0")), local_size, "srun")
+    return Launch(0, 1, 0, 1, "python")
 
 
 def engine_of_launcher(env: Mapping[str, str]) -> str | None:
@@ -122,7 +127,7 @@ def engine_of_launcher(env: Mapping[str, str]) -> str | None:
     return None
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, launch: Launch) -> torch.device:
     """`auto` is CUDA when there is a GPU for this local rank, else the CPU."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise UserError(f"engine.device={wanted}: choose auto, cpu or cuda")
@@ -132,18 +137,20 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         raise UserError(
             "engine.device=cuda: torch sees no GPU; use engine.device=auto or install a CUDA build"
         )
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if count == 1 and launch.name == "srun":
+        return torch.device("cuda", 0)  # --gpus-per-task=1: each task sees its own GPU as number 0
+    if launch.local_rank >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            f"start fewer processes"
+            f"local rank {launch.local_rank} has no GPU: this host has {count}; start fewer processes"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 def start(device: str = "auto", env: Mapping[str, str] = os.environ) -> World:
     """Open the process groups and return this process's place. Call once; end with `stop(world)`."""
     launch = launch_from_env(env)
-    place = choose_device(device, launch.local_rank)
+    place = choose_device(device, launch)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -155,7 +162,9 @@ def start(device: str = "auto", env: Mapping[str, str] = os.environ) -> World:
         os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=START_TIMEOUT)
     cpu_group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    return World(launch.rank, launch.world, launch.local_rank, place, cpu_group, launch.name)
+    return World(
+        launch.rank, launch.world, launch.local_rank, launch.local_size, place, cpu_group, launch.name
+    )
 
 
 def stop(world: World) -> None:
