@@ -163,9 +163,9 @@ def load_initial(engine: "Engine", stage: "Stage", path: str) -> "Source":
         theirs = Tokenizer.load(source.tokenizer_dir)
         if not theirs.same_ids(stage.tokenizer):
             raise UserError(
-                f"init_from={path}: its tokenizer has other ids than the data's, {stage.tokenizer.directory}; "
-                f"
-                f"encode the data with it: trivium data tokenizer.path={source.tokenizer_dir}"
+                f"init_from={path}: its tokenizer has other ids than the data's, "
+                f"{stage.tokenizer.directory}; encode the data with it: "
+                f"trivium data tokenizer.path={source.tokenizer_dir}"
             )
     engine.load_weights(source.weights())
     return source

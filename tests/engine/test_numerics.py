@@ -68,7 +68,7 @@ def test_bf16_agrees_between_back_ends(pool, reference):
 
 
 def test_sharded_groups_that_are_replicated(pool, reference):
-    """Four ranks: weights sharded over two, replicated twice; the gradient crosses both dimensions of the mesh."""
+    """Four ranks: weights sharded over two, replicated twice; the gradient crosses both mesh dimensions."""
     assert_close(pool.run(4, train, Case("hsdp", 1, options={"shard_size": 2}))[3], reference[True])
 
 
