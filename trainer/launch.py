@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from trainer.loop import Stage
 
 T = TypeVar("T")
+# A rank that leaves another to speak stays so long: launchers kill all ranks as soon as the first one has gone,
+# and the one that was to speak would be killed before it did.
+LINGER_S = 10.0
 MakeStage = Callable[[Any, "World"], "Stage"]
 
 
@@ -31,6 +35,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             print(f"trivium: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(LINGER_S)
         return EXIT_USER_ERROR
 
 
@@ -91,6 +97,8 @@ def train(name: str, config: StageConfig, make_stage: MakeStage) -> int:
         if world.is_main or not isinstance(error, SharedError):
             place = f"rank {world.rank}: " if world.rank else ""
             print(f"trivium: {place}{error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(LINGER_S)
         sys.stdout.flush()
         # Another rank may be inside a collective that this one will never enter: no farewell, just go.
         os._exit(EXIT_USER_ERROR)
