@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.loop import Stage
 
 T = TypeVar("T")
-# A rank that leaves another to speak stays so long: launchers kill all ranks as soon as the first one has gone,
+# A rank that leaves another to speak stays so long: launchers kill all ranks as soon as the first has gone,
 # and the one that was to speak would be killed before it did.
 LINGER_S = 10.0
 MakeStage = Callable[[Any, "World"], "Stage"]
