@@ -37,12 +37,13 @@ class Case:
     split: int = 2
     steps: int = 4
     tied: bool = True
+    vocab: int = VOCAB
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def model_config(tied: bool = True) -> ModelConfig:
+def model_config(tied: bool = True, vocab: int = VOCAB) -> ModelConfig:
     return ModelConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         num_layers=2,
         num_heads=4,
@@ -84,7 +85,9 @@ def loss(model: Any, piece: Piece) -> LossSum:
 
 def make(world: World, case: Case, seed: int = 0) -> Engine:
     options = {"persistence_threshold": 0, "device": "cpu", **case.options}
-    return build_engine(model_config(case.tied), EngineConfig(kind=case.kind, **options), OPTIM, world, seed)
+    return build_engine(
+        model_config(case.tied, case.vocab), EngineConfig(kind=case.kind, **options), OPTIM, world, seed
+    )
 
 
 def steps(engine: Engine, world: World, case: Case, first: int, count: int) -> list[tuple[float, float]]:

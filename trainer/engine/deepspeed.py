@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.engine.config import EngineConfig
 from trainer.engine.engine import Engine
-from trainer.engine.optim import MOMENTS, allocate_moments, build_adamw, decays, squared_norm
+from trainer.engine.optim import MOMENTS, allocate_moments, build_adamw, clip, decays, squared_norm
 from trainer.engine.ranges import FlatRange
 from trainer.engine.schedule import OptimConfig
 from trainer.engine.world import World
@@ -55,7 +55,9 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, world: World) -> 
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own; nothing is divided by it
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
-        "gradient_clipping": optim.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm
+        if stage
+        else 0.0,  # stage 0 clips with an fp32 norm: we do it
         "bf16": {"enabled": bf16, "check_grad_overflow": True},  # or stages 1 and 2 would apply a NaN
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -153,7 +155,8 @@ class DeepSpeedEngine(Engine):
         if not math.isfinite(norm):
             self.runtime.zero_grad()
             return math.inf
-        self.runtime.step()  # clips with the same norm, updates, drops the gradients
+        clip(grads, norm, self.optim.max_grad_norm)
+        self.runtime.step()  # updates and drops the gradients
         return norm
 
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:

@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from trainer.engine.config import EngineConfig
 from trainer.engine.engine import Engine
-from trainer.engine.optim import MOMENTS, allocate_moments, build_adamw, decays, squared_norm
+from trainer.engine.optim import MOMENTS, allocate_moments, build_adamw, clip, decays, squared_norm
 from trainer.engine.ranges import FlatRange
 from trainer.engine.schedule import OptimConfig
 from trainer.engine.world import World
@@ -138,8 +138,7 @@ class FSDPEngine(Engine):
         dist.all_reduce(squared, group=self.shard_group)
         norm = math.sqrt(squared.item())
         if math.isfinite(norm):
-            if 0 < self.optim.max_grad_norm < norm:
-                torch._foreach_mul_(grads, self.optim.max_grad_norm / (norm + 1e-6))
+            clip(grads, norm, self.optim.max_grad_norm)
             self._set_lr(lr)
             self.optimizer.step()
         for param, local in zip(self.params, self.local):
