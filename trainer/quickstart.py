@@ -26,7 +26,7 @@ COMMANDS = (
     ("the run becomes one page with its curves", "report runs/quickstart"),
     ("and writes text", f'chat runs/quickstart --prompt "{PROMPT}" --max-new-tokens 60 --seed 7'),
 )
-NEXT = """Next:
+NEXT = """Next (once per shell: source .venv/bin/activate):
   trivium chat runs/quickstart                    talk to it; /top 10 shows what it would say next
   trivium tokens "Tokens are not words."          see text as the model sees it
   trivium pretrain experiment=quickstart          says that it is done; steps=1000 goes on
