@@ -7,7 +7,6 @@ never waits behind GPU work.
 """
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -171,7 +170,3 @@ def stop(world: World) -> None:
     """Leave together. Without the barrier half of two-rank gloo runs abort at exit (measured: 6 of 12)."""
     world.barrier()
     dist.destroy_process_group()
-
-
-def hostname() -> str:
-    return socket.gethostname()
