@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import xxhash
 import zstandard
 
+from trainer.durable import fsync_directory
 from trainer.errors import UserError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -42,15 +43,6 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
                 f"{path}: not writable ({error.strerror}): set output=DIR to a directory of yours"
             ) from error
         raise
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames inside `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

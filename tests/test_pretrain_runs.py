@@ -188,11 +188,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(dataset
     run = tmp_path / "run"
     assert trivium("pretrain", *tiny(dataset, run, "checkpoint.every=4")).returncode == 0
     (run / "DONE").unlink()
-    (run / "checkpoints" / "step-00000006" / "__0_0.distcp").write_bytes(b"")
+    (run / "checkpoints" / "step-00000006" / "rank-00000.bin").write_bytes(b"")
     result = trivium("pretrain", *tiny(dataset, run, "checkpoint.every=4"))
     assert result.returncode == 0, result.stderr
     assert "damaged checkpoint set aside as step-00000006.damaged" in result.stdout
-    assert "step-00000006/__0_0.distcp has 0 bytes" in result.stdout
+    assert "step-00000006/rank-00000.bin has 0 bytes" in result.stdout
     assert_same_curve(curve(run), curve(unbroken))
 
 

@@ -68,7 +68,7 @@ def adopt_model(config: StageConfig, overrides: list[str]) -> StageConfig:
     """
     if config.init_from is None:
         return config
-    from trainer.engine.checkpoint import list_steps
+    from trainer.engine.commit import list_steps
     from trainer.load import open_source
 
     started = bool(list_steps(Path(config.run_dir) / "checkpoints"))
@@ -107,7 +107,7 @@ def train(name: str, config: StageConfig, make_stage: MakeStage) -> int:
 
 
 def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World") -> int:
-    from trainer.engine import checkpoint
+    from trainer.engine import commit
     from trainer.engine.build import build_engine
     from trainer.loop import Loop, resume
     from trainer.observe.loggers import make_loggers
@@ -120,9 +120,9 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
         lineage["tokenizer"] = stage.tokenizer.sha256
 
     # Everything that can be a mistake is looked at before the run directory is written.
-    saved, damaged = checkpoint.newest_whole(Path(config.run_dir) / "checkpoints", world)
+    saved, damaged = commit.newest_whole(Path(config.run_dir) / "checkpoints", world)
     if saved is not None:
-        state = checkpoint.read_state(saved)
+        state = commit.read_state(saved)
         together(world, lambda: stage.check_state(state["stream"], state["step"]))
     engine = together(
         world, lambda: build_engine(config.model, config.engine, config.optim, world, config.seed)
@@ -143,7 +143,7 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     for path, problem in damaged.items():
         told.append(f"damaged checkpoint set aside as {path.name}.damaged: {problem}")
         if world.is_main:
-            checkpoint.set_aside(path)
+            commit.set_aside(path)
     progress = together(world, lambda: resume(engine, saved))
     if saved is not None:
         told.append(f"going on from {saved}")

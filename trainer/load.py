@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 from trainer.chat.tokenizer import Tokenizer
-from trainer.engine import checkpoint
+from trainer.engine import checkpoint, commit
 from trainer.errors import UserError
 from trainer.model.config import ModelConfig, RopeScaling
 from trainer.model.hf import read_hf_config, read_hf_weights
@@ -41,7 +41,7 @@ class Source:
     def digest(self) -> str:
         """What a run that starts here remembers it by: a checkpoint's marker, else config and file sizes."""
         if self.step is not None:
-            return (self.directory / checkpoint.MARKER).read_text()
+            return (self.directory / commit.MARKER).read_text()
         files = sorted(self.directory.glob("*.safetensors"))
         parts = [
             (self.directory / "config.json").read_text(),
@@ -74,8 +74,8 @@ def open_source(path: str | Path) -> Source:
     if (path / "config.json").is_file():
         has_tokenizer = (path / "tokenizer.json").is_file()
         return Source(read_hf_config(path), path, None, path if has_tokenizer else None)
-    found = checkpoint.find(path)
-    state = checkpoint.read_state(found)
+    found = commit.find(path)
+    state = commit.read_state(found)
     tokenizer = found / "tokenizer"
     return Source(
         model_config(state["model"]), found, state["step"], tokenizer if tokenizer.is_dir() else None

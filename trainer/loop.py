@@ -15,7 +15,7 @@ from torch import nn
 
 from trainer.chat.tokenizer import Tokenizer
 from trainer.config import StageConfig
-from trainer.engine import checkpoint
+from trainer.engine import checkpoint, commit
 from trainer.engine.engine import Engine, LossSum, Micro, StepResult
 from trainer.engine.schedule import learning_rate
 from trainer.errors import EXIT_STOPPED
@@ -278,7 +278,7 @@ class Loop:
             self.goodput.flush()
             self.saved_step = self.progress.step
             if self.engine.world.is_main:
-                checkpoint.prune(self.run_directory.checkpoints, self.config.checkpoint)
+                commit.prune(self.run_directory.checkpoints, self.config.checkpoint)
 
 
 def resume(engine: Engine, path: Path | None) -> Progress:

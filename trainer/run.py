@@ -28,8 +28,9 @@ from typing import IO, Any
 import yaml
 
 from trainer.changes import Change, compare, refuse, refuse_lineage
+from trainer.durable import fsync_directory
 from trainer.errors import UserError
-from trainer.observe.files import LineFile, explained, fsync_directory, replace_text
+from trainer.observe.files import LineFile, explained, replace_text
 from trainer.observe.provenance import code_version, versions
 from trainer.observe.secrets import redact
 

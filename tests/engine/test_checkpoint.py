@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_parts import Case, assert_close, make, plain_loop, steps
 
-from trainer.engine import checkpoint
+from trainer.engine import checkpoint, commit, storage
 from trainer.engine.checkpoint_config import CheckpointConfig
 from trainer.errors import UserError
 
@@ -55,7 +55,7 @@ def saved(pool, tmp_path_factory):
     for kind, world in SAVERS:
         root = tmp_path_factory.mktemp(f"{kind}-{world}")
         assert_close(pool.run(world, save_at_3, Case(kind), root)[0], plain_loop(6)[3:])
-        found[kind, world] = checkpoint.directory_of(root, 3)
+        found[kind, world] = commit.directory_of(root, 3)
     return found
 
 
@@ -82,7 +82,7 @@ def test_weights_are_read_without_a_process_group(saved):
 def test_no_pickle_of_ours(saved):
     for path in saved.values():
         suffixes = {p.suffix for p in path.rglob("*") if p.is_file()}
-        assert suffixes == {".distcp", ".json", ""}  # "" is COMMITTED
+        assert suffixes == {".bin", ".json", ""}  # "" is COMMITTED
         assert not (path / ".metadata").exists()
 
 
@@ -96,22 +96,22 @@ def copy(saved, tmp_path):
 
 def test_a_directory_without_its_marker_does_not_exist(copy):
     (copy / "COMMITTED").unlink()
-    assert checkpoint.list_steps(copy.parent) == []
+    assert commit.list_steps(copy.parent) == []
     with pytest.raises(UserError, match="no COMMITTED marker: its save did not finish"):
-        checkpoint.find(copy)
+        commit.find(copy)
     with pytest.raises(UserError, match="no committed checkpoint"):
-        checkpoint.find(copy.parent.parent)
+        commit.find(copy.parent.parent)
 
 
 def newest(world, root):
-    return checkpoint.newest_whole(root, world)
+    return commit.newest_whole(root, world)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_damage_is_named_and_the_previous_one_is_used(pool, copy, harm, world):
-    shutil.copytree(copy, newer := checkpoint.directory_of(copy.parent, 4))
-    victim = newer / ("manifest.json" if harm == "manifest" else "__1_0.distcp")
+    shutil.copytree(copy, newer := commit.directory_of(copy.parent, 4))
+    victim = newer / ("manifest.json" if harm == "manifest" else "rank-00001.bin")
     data = victim.read_bytes()
     if harm == "remove":
         victim.unlink()
@@ -123,9 +123,9 @@ def test_damage_is_named_and_the_previous_one_is_used(pool, copy, harm, world):
     assert path == copy
     assert list(problems) == [newer]
     assert victim.name in problems[newer]
-    assert checkpoint.find(copy.parent.parent) == copy  # chat, export and init_from leave it out, too
-    checkpoint.set_aside(newer)
-    assert checkpoint.list_steps(copy.parent) == [3]
+    assert commit.find(copy.parent.parent) == copy  # chat, export and init_from leave it out, too
+    commit.set_aside(newer)
+    assert commit.list_steps(copy.parent) == [3]
 
 
 def test_another_model_is_refused(pool, saved):
@@ -135,20 +135,20 @@ def test_another_model_is_refused(pool, saved):
 
 def test_retention_keeps_the_last_and_every_nth(copy):
     for step in (4, 6, 7, 8):
-        shutil.copytree(copy, checkpoint.directory_of(copy.parent, step))
-    assert checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2, keep_every=3)) == [4]
-    assert checkpoint.list_steps(copy.parent) == [3, 6, 7, 8]
-    (checkpoint.directory_of(copy.parent, 8) / "__0_0.distcp").write_bytes(b"")
+        shutil.copytree(copy, commit.directory_of(copy.parent, step))
+    assert commit.prune(copy.parent, CheckpointConfig(keep_last=2, keep_every=3)) == [4]
+    assert commit.list_steps(copy.parent) == [3, 6, 7, 8]
+    (commit.directory_of(copy.parent, 8) / "rank-00000.bin").write_bytes(b"")
     assert (
-        checkpoint.prune(copy.parent, CheckpointConfig(keep_last=2)) == []
+        commit.prune(copy.parent, CheckpointConfig(keep_last=2)) == []
     )  # the newest does not verify: keep all
 
 
 def test_what_a_killed_save_left_behind_goes_with_the_next_save(copy):
     shutil.copytree(copy, copy.parent / "step-00000004.tmp")
-    shutil.copytree(copy, unmarked := checkpoint.directory_of(copy.parent, 5))
+    shutil.copytree(copy, unmarked := commit.directory_of(copy.parent, 5))
     (unmarked / "COMMITTED").unlink()
-    checkpoint.prune(copy.parent, CheckpointConfig())
+    commit.prune(copy.parent, CheckpointConfig())
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
@@ -160,16 +160,18 @@ def full_disk(world, case, root, where):
     def refuse(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    module, name = {"shard": (torch, "save"), "state": (checkpoint, "_write"), "rename": (os, "rename")}[
-        where
-    ]
+    module, name = {
+        "shard": (storage, "_bytes_of"),
+        "state": (checkpoint, "write_durably"),
+        "rename": (os, "rename"),
+    }[where]
     original = getattr(module, name)
     if world.rank == 0:
         setattr(module, name, refuse)
     try:
         checkpoint.save(root, 2, engine, {})
     except UserError as error:
-        return str(error), checkpoint.list_steps(root), sorted(p.name for p in root.iterdir())
+        return str(error), commit.list_steps(root), sorted(p.name for p in root.iterdir())
     finally:
         setattr(module, name, original)
         engine.close()
@@ -196,4 +198,4 @@ def test_state_is_readable_json(saved):
 
 def test_paths_that_hold_no_checkpoint(tmp_path: Path):
     with pytest.raises(UserError, match="no committed checkpoint"):
-        checkpoint.find(tmp_path)
+        commit.find(tmp_path)

@@ -192,6 +192,10 @@ class DeepSpeedEngine(Engine):
         where = link.hp_fragment_address
         return source.narrow(0, where.start, where.numel), link.lp_fragment_address.start
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        return (self.world.rank, self.world.size) if self.stage == 0 else (0, 1)
+
     @torch.no_grad()
     def load_shards(self, shards: dict[str, FlatRange]) -> None:
         if self.stage == 0:

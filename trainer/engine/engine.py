@@ -96,6 +96,23 @@ class Engine(ABC):
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         """This rank's ranges of the fp32 master weights (`NAME/param`) and moments (`NAME/exp_avg` ...)."""
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        """(index, count): which of how many equal copies of its ranges this rank holds."""
+        return 0, 1
+
+    def ranges_to_save(self) -> dict[str, FlatRange]:
+        """What this rank writes into a checkpoint: of equal copies each holder takes an equal part, so all
+        write at once and nobody stages what another one writes.
+        """
+        index, count = self.replica
+        found = {}
+        for name, shard in self.shards().items():
+            size = shard.local.numel()
+            begin, end = index * size // count, (index + 1) * size // count
+            found[name] = FlatRange(shard.local[begin:end], shard.start + begin, shard.whole_shape)
+        return found
+
     @abstractmethod
     def load_shards(self, shards: dict[str, FlatRange]) -> None:
         """Take over ranges that were filled from a checkpoint, and refresh every copy made from them."""

@@ -159,6 +159,12 @@ class FSDPEngine(Engine):
                 )
         return found
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        if self.mesh.ndim == 1:
+            return 0, 1
+        return self.mesh.get_local_rank("replicate"), self.mesh["replicate"].size()
+
     def load_shards(self, shards: dict[str, FlatRange]) -> None:
         """Nothing to do: the ranges are views of what the optimizer and FSDP2 hold."""
 

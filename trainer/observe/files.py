@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.durable import fsync_directory, write_durably
 from trainer.errors import UserError
 
 Record = dict[str, Any]
@@ -44,25 +45,13 @@ def explained(path: Path | str) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: {FIXES[error.errno]}") from error
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes a rename or a new name in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def replace_text(path: Path, text: str) -> None:
     """Replaces the file at `path` atomically and durably: temporary file, fsync, rename, fsync of the
     directory."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(temporary, text)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
