@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_parts import Case, LossSum, loss, make, model_config, pieces, steps
+from engine_parts import (
+    OPTIM,
+    Case,
+    LossSum,
+    assert_close,
+    loss,
+    make,
+    model_config,
+    pieces,
+    plain_loop,
+    steps,
+)
 
 from trainer.engine.config import EngineConfig
 from trainer.engine.schedule import OptimConfig, ScheduleConfig, learning_rate
@@ -83,6 +94,32 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(pool, kind, dty
         assert all(math.isfinite(n) for i, n in enumerate(norms) if i != 1)
         assert updates == 3  # AdamW's bias correction must not count the skipped one
         assert finite
+
+
+def train_with_refusal(world, case):
+    """The last rank refuses step 1 for a reason of its own; then a fifth step repeats it."""
+    engine = make(world, case)
+    results = []
+    for step in (0, 1, 1, 2, 3):
+        refuse = len(results) == 1 and world.rank == world.size - 1
+        micros = pieces(step, world.rank, world.size, case.split)
+        results.append(engine.train_step(micros, loss, OPTIM.lr, lambda *_, bad=refuse: not bad))
+    updates = engine.updates
+    engine.close()
+    return [(r.loss, r.grad_norm) for r in results], [r.skipped for r in results], updates
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((k, "float32") for k in BACK_ENDS), ("zero2", "bfloat16")])
+def test_a_refused_step_leaves_no_trace(pool, kind, dtype):
+    """What follows is what would have followed without it: weights, moments and counters are untouched."""
+    for curve, skipped, updates in pool.run(
+        2, train_with_refusal, Case(kind, options={"dtype": dtype, "offload": "none"})
+    ):
+        assert skipped == [False, True, False, False, False]
+        assert curve[1] == pytest.approx(curve[2], rel=1e-7)  # finite, and the same when it is done again
+        assert updates == 4
+        if dtype == "float32":
+            assert_close([c for i, c in enumerate(curve) if i != 1], plain_loop(4))
 
 
 def evaluate(world, case):

@@ -9,7 +9,7 @@ it on (DeepSpeed issue 4298).
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,6 +128,11 @@ class DeepSpeedEngine(Engine):
         wrong = {master.dtype for master in masters} - {torch.float32}
         assert not wrong, f"master weights must be fp32, DeepSpeed made {wrong}"
         allocate_moments(self.optimizer, masters)
+        self._agree: Callable[[float], bool] = lambda norm: True
+        self._accepted: bool | None = None
+        if self.stage:
+            self._adamw_step = self.optimizer.step
+            self.optimizer.step = self._vote_before_update  # type: ignore[method-assign, assignment]
         self.initialise(seed)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -136,28 +141,38 @@ class DeepSpeedEngine(Engine):
         if not last:
             self.runtime.step()  # not a boundary: only DeepSpeed's own micro-step bookkeeping
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float, agree: Callable[[float], bool]) -> float:
         self._set_lr(lr)
         if self.stage == 0:
-            return self._update_whole()
+            return self._update_whole(agree)
+        self._agree, self._accepted = agree, None
         self.runtime.step()
         norm = float(self.runtime.get_global_grad_norm())
-        return (
-            norm if math.isfinite(norm) and norm >= 0 else math.inf
-        )  # -1 is DeepSpeed's sign for "not finite"
+        # -1 is DeepSpeed's sign for "not finite"
+        return norm if math.isfinite(norm) and norm >= 0 else math.inf
 
-    def _update_whole(self) -> float:
+    def _vote_before_update(self) -> None:
+        """In the place of AdamW's `step`, which ZeRO calls (once or once a group) when the norm is known and
+        finite on all ranks. A refused update leaves masters and moments as they are; DeepSpeed then copies
+        the unchanged masters into the weights and drops the gradient as after any step.
+        """
+        if self._accepted is None:
+            self._accepted = self._agree(float(self.zero._global_grad_norm))
+        if self._accepted:
+            self._adamw_step()
+
+    def _update_whole(self, agree: Callable[[float], bool]) -> float:
         """Stage 0 in fp32 has no ZeRO optimizer: gradients are whole and reduced, the norm is ours to
         take.
         """
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = math.sqrt(squared_norm(grads, self.world.device).item())
-        if not math.isfinite(norm):
+        if agree(norm):
+            clip(grads, norm, self.optim.max_grad_norm)
+            self.runtime.step()  # updates and drops the gradients
+        else:
             self.runtime.zero_grad()
-            return math.inf
-        clip(grads, norm, self.optim.max_grad_norm)
-        self.runtime.step()  # updates and drops the gradients
-        return norm
+        return norm if math.isfinite(norm) else math.inf
 
     def shards(self, moments: bool = True) -> dict[str, FlatRange]:
         found = {}

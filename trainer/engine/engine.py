@@ -46,6 +46,12 @@ class Micro(Protocol):
 
 
 LossFunction = Callable[[nn.Module, Any], LossSum]
+Accept = Callable[[float, float], bool]  # (loss, gradient norm before clipping) -> is this step good?
+
+
+def finite(loss: float, grad_norm: float) -> bool:
+    """The least that a step must be."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class StepResult:
     """One update, in numbers that are equal on every rank.
 
     `loss`: mean over all supervised items. `grad_norm`: global 2-norm before clipping (inf if it was not
-    finite). `sums`: the loss function's metrics summed over the step. `seconds`: where this rank's time went.
+    finite). `skipped`: the update was left out. `sums`: the loss function's metrics summed over the step.
+    `seconds`: where this rank's time went.
     """
 
     loss: float
@@ -78,6 +85,7 @@ class Engine(ABC):
         self.config = config
         self.optim = optim
         self.world = world
+        self.on_phase: Callable[[str], None] = lambda phase: None  # told what this rank is about to do
 
     # What a back end must say
     # ------------------------------------------------------------------------------------
@@ -87,9 +95,12 @@ class Engine(ABC):
         """Accumulate the gradient of `loss`, summed (not averaged) over ranks. `last`: of this step."""
 
     @abstractmethod
-    def _update(self, lr: float) -> float:
-        """Clip and apply the accumulated gradient unless it is not finite, then drop it. Returns the norm
-        before clipping.
+    def _update(self, lr: float, agree: Callable[[float], bool]) -> float:
+        """Clip and apply the accumulated gradient if `agree(norm before clipping)`, then drop it. Returns
+        that norm, inf if it was not finite.
+
+        `agree` is a collective: it must be called on every rank or, when all ranks know that the gradient is
+        not finite, on none.
         """
 
     @abstractmethod
@@ -126,12 +137,14 @@ class Engine(ABC):
     # What all share
     # ----------------------------------------------------------------------------------------------
 
-    def train_step(self, micros: Sequence[Micro], loss: LossFunction, lr: float) -> StepResult:
+    def train_step(
+        self, micros: Sequence[Micro], loss: LossFunction, lr: float, accept: Accept = finite
+    ) -> StepResult:
         """One optimizer update from this rank's micro-batches (equally many on every rank).
 
-        A step whose loss or gradient is not finite anywhere is skipped everywhere. A non-finite loss makes
-        its own gradient NaN, the gradient norm is global, and the norm decides: no rank can decide alone,
-        and none has to wait.
+        A step that `accept` refuses on any rank is skipped on all: the ranks vote between the gradient norm
+        and the update. A non-finite loss makes its own gradient NaN and the norm is global, so a step that is
+        not finite anywhere is never accepted.
         """
         started = time.perf_counter()
         counted = self.world.sum_words(
@@ -142,21 +155,29 @@ class Engine(ABC):
         self.model.train()
         sums: dict[str, Tensor] = {}
         for index, micro in enumerate(micros):
+            self.on_phase("forward")
             result = loss(self.model, micro)
             poison = result.total.detach() * 0.0  # 0, or NaN where the loss is inf or NaN
+            self.on_phase("backward")
             self._backward(result.total * (scale + poison), last=index == len(micros) - 1)
             _accumulate(sums, {"loss": result.total.detach(), **result.metrics})
         totals = self._reduce(sums)
+        mean = totals.pop("loss") * scale
         backward_done = time.perf_counter()
-        grad_norm = self._update(lr)
+        self.on_phase("optimizer")
+        skipped = True
+
+        def agree(norm: float) -> bool:
+            nonlocal skipped
+            skipped = bool(self.world.agree(0 if finite(mean, norm) and accept(mean, norm) else 1))
+            return not skipped
+
+        grad_norm = self._update(lr, agree)
         seconds = {
             "forward_backward": backward_done - started,
             "optimizer": time.perf_counter() - backward_done,
         }
-        mean = totals.pop("loss") * scale
-        return StepResult(
-            mean, grad_norm, num_items, not math.isfinite(grad_norm), f"{batch_hash:016x}", totals, seconds
-        )
+        return StepResult(mean, grad_norm, num_items, skipped, f"{batch_hash:016x}", totals, seconds)
 
     @torch.no_grad()
     def evaluate(self, micros: Sequence[Micro], loss: LossFunction) -> dict[str, float]:
@@ -168,6 +189,7 @@ class Engine(ABC):
         self.model.eval()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.world.device)}
         for micro in micros:
+            self.on_phase("eval")
             result = loss(self.model, micro)
             _accumulate(sums, {"loss": result.total, **result.metrics})
         self.model.train()

@@ -6,7 +6,7 @@ device, and what a checkpoint stores is what the optimizer updates.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class FSDPEngine(Engine):
             module.set_requires_all_reduce(last)
         loss.backward()
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float, agree: Callable[[float], bool]) -> float:
         grads = []
         for param, local in zip(self.params, self.local):
             if param.grad is None:  # an unused parameter still takes its weight decay, as under DeepSpeed
@@ -137,7 +137,7 @@ class FSDPEngine(Engine):
         squared = squared_norm(grads, self.world.device)
         dist.all_reduce(squared, group=self.shard_group)
         norm = math.sqrt(squared.item())
-        if math.isfinite(norm):
+        if agree(norm):
             clip(grads, norm, self.optim.max_grad_norm)
             self._set_lr(lr)
             self.optimizer.step()
