@@ -28,7 +28,13 @@ PACKAGES = (
     "tokenizers",
     "tiktoken",
 )
-CODE = ("data_prep", "trainer/stream/shards.py", "trainer/stream/index.py", "trainer/chat")
+CODE = (
+    "data_prep",
+    "trainer/stream/shards.py",
+    "trainer/stream/index.py",
+    "trainer/stream/table.py",
+    "trainer/chat",
+)
 
 
 def package_version(name: str) -> str:

@@ -8,7 +8,10 @@ this run. Every reader ends with the same thing: int64 tensors of inputs and tar
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from trainer.stream.shards import ShardWriter
 
 MICRO, GLOBAL = 8, 256
 TARGET = 50.0  # million tokens per CPU-second
+SIMULATED = Path(__file__).parents[1] / "stream" / "simulated.py"
 
 
 def write_data(directory: Path, tokens: int) -> float:
@@ -160,6 +164,43 @@ def read_ahead(directory: Path, seq_len: int) -> None:
             print(f"wait for data per 100 ms step, {shape}: {waited / 20 * 1e3:.2f} ms")
 
 
+def far_seek(root: Path) -> None:
+    """100,000 shards of 2,000 blocks: open and plan the batch of sample 10^12, in a fresh process each.
+
+    Once with data.verify=off (nothing but the index is looked at), once with the size of every shard compared
+    as one rank of 1 and of 64 does it, on sparse tars.
+    """
+    sys.path.insert(0, str(SIMULATED.parent))
+    import simulated
+
+    directory = root / "simulated"
+    simulated.write_simulated(directory, {})
+    index = Index.load(directory)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    print(
+        f"{len(index.shards):,} shards, index.json {(directory / 'index.json').stat().st_size / 1e6:.1f} MB:"
+    )
+    for verify, world in (("off", 1), ("blocks", 64), ("blocks", 1)):
+        if verify == "blocks" and not (directory / index.shards.files[0]).exists():
+            for file, size in zip(index.shards.files, index.shards.sizes().tolist()):
+                with open(directory / file, "wb") as tar:
+                    tar.truncate(size)
+        config = {
+            "sample": 10**12, "global_batch": 1024, "rank": 0, "world": world, "read": False,
+            "verify": verify, "cache_dir": str(root / "cache"),
+        }  # fmt: skip
+        command = [sys.executable, str(SIMULATED), str(directory), json.dumps(config)]
+        runs = [json.loads(subprocess.check_output(command, env=environment)) for _ in range(5)]
+        slowest = max(run["open_s"] + run["plan_s"] for run in runs)
+        best = min(runs, key=lambda run: run["open_s"] + run["plan_s"])
+        print(
+            f"  seek to sample 10^12, verify={verify}, rank 0 of {world}: open {best['open_s']:.3f} s + plan "
+            f"{best['plan_s']:.3f} s (wall, best of {len(runs)}; slowest {slowest:.3f} s), memory "
+            f"+{best['growth_mb']:.0f} MB at its highest over {best['imports_mb']:.0f} MB of bare imports = "
+            f"{best['peak_mb']:.0f} MB"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -191,6 +232,7 @@ def main() -> None:
             verdict = "met" if first >= TARGET else "MISSED"
             print(f"  target {TARGET:.0f} Mtok/CPU-s: {verdict} ({first / TARGET:.1f}x)")
             read_ahead(directory, seq_len)
+        far_seek(Path(root))
     plan_cost()
 
 

@@ -142,6 +142,43 @@ def test_one_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
     assert len(read_all(tmp_path, 16, "size")) == 80  # asked not to look
 
 
+def test_damaged_cut_and_missing_block_hashes_are_errors(tmp_path: Path) -> None:
+    index = write_corpus(tmp_path, 64 * 20)
+    path = tmp_path / "blocks.xxh3"
+    whole = path.read_bytes()
+    assert len(whole) == 8 * 20
+    path.write_bytes(whole[:80] + bytes([whole[80] ^ 1]) + whole[81:])
+    with pytest.raises(UserError, match=rf"blocks\.xxh3: the hashes of {index.shards[1].file}, 56 bytes at"):
+        read_all(tmp_path, 16)
+    assert len(read_all(tmp_path, 16, "size")) == 80  # asked not to look
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"blocks\.xxh3: 159 bytes where index\.json says 160: .* truncated"):
+        read_all(tmp_path, 16)
+    path.unlink()
+    with pytest.raises(UserError, match=r"blocks\.xxh3: missing file, though index\.json lists it"):
+        read_all(tmp_path, 16)
+    assert len(read_all(tmp_path, 16, "size")) == 80
+
+
+def test_a_block_is_hashed_once_also_when_its_shard_was_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "MAX_OPEN", 1)
+    hashed: list[int] = []
+    original = reader_module.block_hash
+
+    def block_hash(tokens: np.ndarray) -> int:
+        hashed.append(int(tokens[1]))
+        return original(tokens)
+
+    monkeypatch.setattr(reader_module, "block_hash", block_hash)
+    write_corpus(tmp_path, 64 * 20)
+    reader = TokenReader(str(tmp_path), seq_len=16)
+    for _ in range(3):
+        reader.read(np.arange(80), np.empty((80, 17), np.uint32))
+    assert len(hashed) == len(set(hashed)) == 20
+
+
 def test_a_sequence_length_that_does_not_divide_names_ones_that_do(tmp_path: Path) -> None:
     write_corpus(tmp_path, 1000)
     for seq_len, fix in ((48, "32 or 64"), (100, "32 or 64"), (3, "2 or 4"), (0, "1 or 2")):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+import xxhash
 
 from trainer.errors import UserError
 from trainer.stream.index import BLOCK_TOKENS, Index, member_layout
@@ -122,7 +123,7 @@ def test_only_the_index_commits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: not found"):
         Index.load(tmp_path)
     index = write(tmp_path, [[100, EOS]])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "web-000000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks.xxh3", "index.json", "web-000000.tar"]
     assert index.tokens == 2
 
 
@@ -152,13 +153,16 @@ def test_full_disk_is_one_line_and_no_commit(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+ROW = ["web-000000.tar", 2048, 1, "0" * 16, "0" * 16]
+
+
 def damaged(**changes: object) -> bytes:
     """A valid index with some keys changed; None removes the key."""
-    shard = {"file": "web-000000.tar", "bytes": 2048, "blocks": 1, "base": 640, "stride": 1024}
     content = {
-        "format": "trivium-tokens-1", "name": "web", "dtype": "uint16", "vocab_size": 1000, "eos_id": EOS,
+        "format": "trivium-tokens-2", "name": "web", "dtype": "uint16", "vocab_size": 1000, "eos_id": EOS,
         "tokenizer_sha256": "t", "block_tokens": 16, "tokens": 17, "n_valid": 17, "documents": 1,
-        "bytes_of_text": 0, "shards": [shard | {"xxh3": "0" * 16, "block_xxh3": "0" * 16}], "meta": {},
+        "bytes_of_text": 0, "meta": {}, "base": 640, "stride": 1024,
+        "columns": ["file", "bytes", "blocks", "xxh3", "hashes"], "shards": [ROW],
     }  # fmt: skip
     content |= changes
     return json.dumps({name: value for name, value in content.items() if value is not None}).encode()
@@ -167,7 +171,11 @@ def damaged(**changes: object) -> bytes:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (damaged(format="trivium-tokens-2"), "format 'trivium-tokens-2' is not the one this version reads"),
+        (
+            damaged(format="trivium-tokens-1"),
+            "'trivium-tokens-1' keeps the block hashes in the index, .* again",
+        ),
+        (damaged(format="trivium-tokens-9"), "format 'trivium-tokens-9' is not the one this version reads"),
         (b"[1, 2]", "format None is not the one"),
         (b'{"format": "trivium-tok', "not valid JSON"),
         (damaged(tokens=None), "key 'tokens' is missing"),
@@ -178,7 +186,22 @@ def damaged(**changes: object) -> bytes:
         (damaged(eos_id=1000), "eos_id=1000 is outside the vocabulary"),
         (damaged(dtype="int8"), "dtype='int8'"),
         (damaged(shards=[{"file": "a.tar"}]), "list of shards is damaged"),
-        (damaged(block_tokens=512), "base, stride or size"),
+        (damaged(shards=[5]), "list of shards is damaged"),
+        (damaged(shards=5), "list of shards is damaged"),
+        (damaged(shards=[[*ROW[:2], "1", *ROW[3:]]]), "list of shards is damaged"),
+        (damaged(shards=[[*ROW[:2], True, *ROW[3:]]]), "list of shards is damaged"),
+        (damaged(shards=[[*ROW[:4], "0" * 15 + "x"]]), "list of shards is damaged"),
+        (damaged(shards=[[*ROW[:4], "0" * 15]]), "list of shards is damaged"),
+        (damaged(shards=[ROW, ROW]), "two shards have the same file name"),
+        (
+            damaged(shards=[[*ROW[:2], 2, *ROW[3:]]]),
+            "shard web-000000.tar has a size that does not fit its 2",
+        ),
+        (damaged(shards=[[ROW[0], 1024, 0, *ROW[3:]]]), "size that does not fit its 0 blocks"),
+        (damaged(columns=["file"]), r"columns are \['file'\] and not"),
+        (damaged(stride=None), "key 'stride' is missing"),
+        (damaged(stride="512"), "index is damaged|list of shards is damaged"),
+        (damaged(block_tokens=512), "do not fit block_tokens"),
     ],
 )
 def test_a_damaged_index_is_refused(raw: bytes, message: str) -> None:
@@ -187,8 +210,33 @@ def test_a_damaged_index_is_refused(raw: bytes, message: str) -> None:
         Index.parse(raw, "DIR/index.json")
 
 
-def test_a_shard_path_cannot_leave_the_directory() -> None:
-    content = json.loads(damaged())
-    content["shards"][0]["file"] = "../../etc/passwd"
+@pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "..", "."])
+def test_a_shard_path_cannot_leave_the_directory(file: str) -> None:
     with pytest.raises(UserError, match="not a plain file name"):
-        Index.parse(json.dumps(content).encode(), "i")
+        Index.parse(damaged(shards=[[file, *ROW[1:]]]), "i")
+
+
+def test_block_hashes_lie_beside_the_index_and_under_its_fingerprint(tmp_path: Path) -> None:
+    index = write(tmp_path, [[*range(10, 200), EOS]])
+    raw = (tmp_path / "blocks.xxh3").read_bytes()
+    blocks = plain_blocks(tmp_path)
+    assert raw == b"".join(xxhash.xxh3_64_digest(block.tobytes())[::-1] for block in blocks)
+    assert len(index.shards) == 4
+    for shard in index.shards:
+        part = raw[8 * shard.first_block : 8 * (shard.first_block + shard.blocks)]
+        assert xxhash.xxh3_64_hexdigest(part) == shard.hashes
+        assert xxhash.xxh3_64_hexdigest((tmp_path / shard.file).read_bytes()) == shard.xxh3
+    text = (tmp_path / "index.json").read_text()
+    assert sum("web-0000" in line for line in text.splitlines()) == 4  # a line a shard
+
+
+def test_hashes_that_a_killed_writer_left_are_swept_up(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", [[*range(10, 90), EOS]])
+    (tmp_path / "b").mkdir()
+    for name in (".writing", "blocks.xxh3", "blocks.xxh3.tmp"):
+        (tmp_path / "b" / name).write_bytes(b"left")
+    assert write(tmp_path / "b", [[*range(10, 90), EOS]]) == first
+    names = ["blocks.xxh3", "index.json", "web-000000.tar", "web-000001.tar"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
+    again = write(tmp_path / "b", [[*range(10, 50), EOS]], overwrite=True)
+    assert (tmp_path / "b" / "blocks.xxh3").stat().st_size == 8 * again.num_blocks

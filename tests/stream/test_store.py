@@ -45,7 +45,7 @@ def read(reader: TokenReader, windows: list[int]) -> np.ndarray:
 
 
 def count_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every ranged read of a shard, as 'path start'."""
+    """Every ranged read, as 'path start'."""
     fetched: list[str] = []
     original = MemoryFileSystem.cat_file
 
@@ -78,11 +78,19 @@ def test_only_touched_blocks_are_fetched_and_only_once_a_node(
 ) -> None:
     fetched = count_fetches(monkeypatch)
     assert read(reader_of(tmp_path), [3, 11, 3])[:, 0].tolist() == [FIRST + 64 * w for w in (3, 11, 3)]
-    assert len(fetched) == 2
+    assert sum(".tar" in name for name in fetched) == 2
+    assert sum("blocks.xxh3" in name for name in fetched) == 2  # the slices of two shards
+    sizes: list[str] = []
+    monkeypatch.setattr(
+        RemoteStore,
+        "size",
+        lambda self, file, size=RemoteStore.size: [sizes.append(file), size(self, file)][1],
+    )
     read(reader_of(tmp_path), [3, 11])  # another process of the node
-    assert len(fetched) == 2
+    assert len(fetched) == 4
+    assert sizes == ["blocks.xxh3"]  # asked once a process; the shards' sizes, once a node
     read(reader_of(tmp_path), [3, 12])
-    assert len(fetched) == 3
+    assert len(fetched) == 5
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.glob("*.tar")) < 64 * 1024
 
 

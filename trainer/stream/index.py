@@ -1,8 +1,9 @@
-"""TokenShard v1: a corpus as one endless row of tokens, cut into blocks and kept in ordinary WebDataset tars.
+"""TokenShard v2: a corpus as one endless row of tokens, cut into blocks and kept in ordinary WebDataset tars.
 
     DIR/web-000000.tar                 USTAR, uncompressed, mtime 0: the same tokens give the same bytes
         000000000.tokens.npy           block_tokens + 1 ids, little-endian uint16 (vocab <= 65,536) or uint32
         000000001.tokens.npy           its first token is the last one of the member before
+    DIR/blocks.xxh3                    xxh3_64 of the tokens of every block, 8 bytes each, little-endian
     DIR/index.json                     written last: a directory without it holds no data set
 
 Block b holds tokens [b * B, b * B + B] of the row (B = block_tokens). Because the last token is repeated as
@@ -11,8 +12,9 @@ the first of the next block, windows of L + 1 tokens tile the row exactly for ev
 of any token is arithmetic (`base + block * stride`): there is no per-sample index. Only the last block is
 padded, with EOS.
 
-The sha256 of `index.json` is the fingerprint of the data: it covers the hash of every block.
-Any `webdataset` reader reads these tars; `.decode()` turns members into numpy arrays.
+The index names the hash of each shard's slice of `blocks.xxh3`, so its own sha256, the fingerprint of the
+data, covers every block, while a reader of 100,000 shards loads 10 MB and not the hashes of 200 million
+blocks. Any `webdataset` reader reads these tars; `.decode()` turns members into numpy arrays.
 """
 
 import errno
@@ -22,7 +24,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,15 @@ import numpy as np
 import xxhash
 
 from trainer.errors import UserError
+from trainer.stream.table import COLUMNS, SECTOR, Shards
 
-FORMAT = "trivium-tokens-1"
+FORMAT = "trivium-tokens-2"
 BLOCK_TOKENS = 1 << 18
 BLOCKS_PER_SHARD = 2_000  # about 1 GiB of uint16
 INDEX_FILE = "index.json"
+HASHES_FILE = "blocks.xxh3"
+HASH = np.dtype("<u8")
 WRITING_FILE = ".writing"  # present while a writer owns the directory, left behind by one that was killed
-SECTOR = 512
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -45,9 +49,9 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def block_hash(tokens: np.ndarray) -> str:
-    """xxh3_64 of a block's token bytes (little-endian, npy header not included), 16 hex digits."""
-    return xxhash.xxh3_64_hexdigest(tokens.data)
+def block_hash(tokens: np.ndarray) -> int:
+    """xxh3_64 of a block's token bytes (little-endian, npy header not included)."""
+    return xxhash.xxh3_64_intdigest(tokens.data)
 
 
 def npy_header(block_tokens: int, dtype: str) -> bytes:
@@ -65,22 +69,6 @@ def member_layout(block_tokens: int, dtype: str) -> tuple[int, int]:
     header = len(npy_header(block_tokens, dtype))
     payload = header + (block_tokens + 1) * DTYPES[dtype].itemsize
     return SECTOR + header, SECTOR + -(-payload // SECTOR) * SECTOR
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: `file` beside the index, its size in bytes, and where its blocks lie."""
-
-    file: str
-    bytes: int
-    blocks: int
-    base: int
-    stride: int
-    xxh3: str
-    block_xxh3: str  # 16 hex digits per block, joined: a list would cost 70 bytes of memory a block
-
-    def hash_of(self, block: int) -> str:
-        return self.block_xxh3[16 * block : 16 * block + 16]
 
 
 @dataclass(frozen=True)
@@ -102,20 +90,24 @@ class Index:
     n_valid: int
     documents: int
     bytes_of_text: int
-    shards: tuple[Shard, ...]
+    shards: Shards
     meta: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     fingerprint: str = field(default="", compare=False)  # "sha256:..." of the file; not part of the file
 
     @property
     def num_blocks(self) -> int:
-        return sum(shard.blocks for shard in self.shards)
+        return int(self.shards.first_block[-1])
 
     def to_json(self) -> bytes:
-        content = asdict(self)
-        del content["fingerprint"]
-        content = {"format": content.pop("format"), **content}
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        """One line per shard: to read, to grep, and short when there are 100,000."""
+        content: dict[str, Any] = {"format": self.format}
+        content |= {item.name: getattr(self, item.name) for item in fields(self)}
+        del content["fingerprint"], content["shards"]
+        content |= {"base": self.shards.base, "stride": self.shards.stride, "columns": COLUMNS}
+        head = json.dumps(content, indent=1, ensure_ascii=False).removesuffix("\n}")
+        rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in self.shards.rows())
+        return f'{head},\n "shards": [\n{rows}\n ]\n}}\n'.encode()
 
     def save(self, directory: str | Path) -> "Index":
         """Commit: write beside, fsync, rename, fsync the directory. Returns it with its fingerprint."""
@@ -153,20 +145,29 @@ class Index:
         except ValueError:
             raise UserError(f"{where}: not valid JSON (cut or edited): {rewrite}") from None
         version = content.get("format") if isinstance(content, dict) else None
+        if version == "trivium-tokens-1":
+            raise UserError(
+                f"{where}: format {version!r} keeps the block hashes in the index, this version beside it "
+                f"({FORMAT!r}): {rewrite} (the same `trivium data` command does)"
+            )
         if version != FORMAT:
             raise UserError(
                 f"{where}: format {version!r} is not the one this version reads ({FORMAT!r}): {rewrite} "
                 f"or install the version of trivium that wrote it"
             )
         known = {item.name for item in fields(cls)} - {"fingerprint"}
-        missing = sorted(known - content.keys())
+        missing = sorted((known | {"base", "stride", "columns"}) - content.keys())
         if missing:
             raise UserError(f"{where}: key {missing[0]!r} is missing: {rewrite}")
+        digest = "sha256:" + hashlib.sha256(raw).hexdigest()
         try:
-            shards = tuple(Shard(**shard) for shard in content["shards"])
+            if content["columns"] != COLUMNS:
+                raise ValueError(f"columns are {content['columns']} and not {COLUMNS}")
+            shards = Shards(content["shards"], content["base"], content["stride"])
         except TypeError:
             raise UserError(f"{where}: the list of shards is damaged: {rewrite}") from None
-        digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+        except ValueError as error:
+            raise UserError(f"{where}: {error}: the index is damaged, {rewrite}") from None
         rest = {name: content[name] for name in known if name != "shards"}
         index = cls(**rest, shards=shards, fingerprint=digest)
         index.validate(where)
@@ -188,17 +189,8 @@ class Index:
         check_vocabulary(where, self.vocab_size, self.eos_id, self.dtype)
         if self.block_tokens < 1:
             raise refuse("block_tokens=0")
-        base, stride = member_layout(self.block_tokens, self.dtype)
-        for shard in self.shards:
-            if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
-                raise refuse(f"shard file {shard.file!r} is not a plain file name")
-            size = shard.blocks * stride + 2 * SECTOR
-            if (shard.base, shard.stride, shard.bytes) != (base, stride, size) or shard.blocks < 1:
-                raise refuse(
-                    f"shard {shard.file} has base, stride or size that do not fit its {shard.blocks} blocks"
-                )
-            if len(shard.block_xxh3) != 16 * shard.blocks:
-                raise refuse(f"shard {shard.file} has not one hash for each of its {shard.blocks} blocks")
+        if (self.shards.base, self.shards.stride) != member_layout(self.block_tokens, self.dtype):
+            raise refuse(f"base={self.shards.base}, stride={self.shards.stride} do not fit block_tokens")
         blocks = self.num_blocks
         if blocks != num_blocks(self.tokens, self.block_tokens):
             raise refuse(f"{self.tokens} tokens do not fill {blocks} blocks of {self.block_tokens}")

@@ -9,14 +9,27 @@ Legend: N windows, L seq_len.
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from trainer.errors import UserError
-from trainer.stream.index import DTYPES, INDEX_FILE, Index, Shard, block_hash
-from trainer.stream.store import open_store
+from trainer.stream.index import DTYPES, HASH, HASHES_FILE, INDEX_FILE, Index, block_hash
+from trainer.stream.store import ATTEMPTS, Mapped, open_store
+from trainer.stream.table import Shard, hex_of
 
 MAX_OPEN = 128  # a map keeps a file descriptor; the usual limit of a process is 1,024
+
+
+@dataclass
+class OpenShard:
+    """A shard in use: blocks is an array [blocks, block_tokens + 1] over its map."""
+
+    shard: Shard
+    mapped: Mapped
+    blocks: np.ndarray
+    hashes: np.ndarray  # of its blocks, uint64; empty when they are not looked at
 
 
 class TokenReader:
@@ -57,10 +70,14 @@ class TokenReader:
             )
         self.windows_per_block = block_tokens // seq_len
         self.num_windows = -(-(self.index.tokens - 1) // seq_len)
-        self._first_block = np.cumsum([0] + [shard.blocks for shard in self.index.shards])
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._verified = [np.zeros(shard.blocks, bool) for shard in self.index.shards]
+        self._first_block = self.index.shards.first_block
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        # One bit for each block whose hash was compared. Threads may lose a bit of each other: the block is
+        # compared again. What was never touched takes no memory, all of 200 million blocks 25 MB.
+        self._verified = np.zeros(self.index.num_blocks // 8 + 1, np.uint8)
         self._lock = threading.Lock()
+        if self.verify == "blocks":
+            self._check_size(HASHES_FILE, HASH.itemsize * self.index.num_blocks)
 
     def check_sizes(self, part: int = 0, parts: int = 1) -> None:
         """Compare the sizes of shards part, part + parts, ... with the index: each rank takes its share.
@@ -68,25 +85,29 @@ class TokenReader:
         Only when opened for a remote store, where each question would be a request.
         """
         if not self.remote:
-            for shard in self.index.shards[part::parts]:
-                self._check_size(shard)
+            shards, sizes = self.index.shards, self.index.shards.sizes()
+            for number in range(part, len(shards), parts):
+                self._check_size(shards.files[number], int(sizes[number]))
 
     def read(self, window_N: np.ndarray, out_NL: np.ndarray) -> None:
         """Fill `out_NL` [N, seq_len + 1] with these windows; cheapest in the dtype of the index."""
         block_N, place_N = np.divmod(window_N, self.windows_per_block)
         shard_N = np.searchsorted(self._first_block, block_N, side="right") - 1
-        local_N = block_N - self._first_block[shard_N]
-        current, blocks, verified = -1, np.empty((0, 0)), np.empty(0, bool)
-        check = self.verify == "blocks"
-        start_N = place_N * self.seq_len
-        for row, (number, block, start) in enumerate(
-            zip(shard_N.tolist(), local_N.tolist(), start_N.tolist())
+        local_N, start_N = block_N - self._first_block[shard_N], place_N * self.seq_len
+        unknown_N = np.zeros(len(block_N), bool)
+        if self.verify == "blocks":
+            unknown_N = self._verified[block_N >> 3] >> (block_N & 7) & 1 == 0
+        current, known, width = -1, -1, self.seq_len + 1
+        for row, (number, local, start, unknown) in enumerate(
+            zip(shard_N.tolist(), local_N.tolist(), start_N.tolist(), unknown_N.tolist())
         ):
             if number != current:
-                current, blocks, verified = number, self._blocks(number), self._verified[number]
-            if check and not verified[block]:
-                self._check_block(number, block, blocks[block])
-            out_NL[row] = blocks[block, start : start + self.seq_len + 1]
+                current, known = number, -1
+                shard = self._shard(number)
+            if unknown and local != known:
+                self._check_block(shard, local)
+                known = local
+            out_NL[row] = shard.blocks[local, start : start + width]
 
     def num_targets(self, window_N: np.ndarray) -> np.ndarray:
         """Real targets of each window, int64 [N]: fewer than seq_len where the padding begins."""
@@ -104,58 +125,78 @@ class TokenReader:
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error}): check the path and its rights") from None
 
-    def _blocks(self, number: int) -> np.ndarray:
-        """Shard `number` as an array [blocks, block_tokens + 1] over its map, opened when first needed."""
+    def _shard(self, number: int) -> OpenShard:
+        """Shard `number`, opened when first needed, kept while it is among the last used."""
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
-            shard = self.index.shards[number]
-            self._check_size(shard)
-            try:
-                mapped = self.store.map(shard)
-            except OSError as error:
-                name = self.store.name(shard.file)
-                raise UserError(
-                    f"{name}: cannot be opened ({error.strerror}): check the file and its rights"
-                ) from None
-            dtype = DTYPES[self.index.dtype]
-            shape, strides = (shard.blocks, self.index.block_tokens + 1), (shard.stride, dtype.itemsize)
-            blocks: np.ndarray = np.ndarray(shape, dtype, mapped, offset=shard.base, strides=strides)
-            self._open[number] = blocks
+        opened = self._open_shard(self.index.shards[number])  # two threads may both do it: harmless
+        with self._lock:
+            self._open[number] = opened
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)  # the map closes with its last view
-            return blocks
+        return opened
 
-    def _check_size(self, shard: Shard) -> None:
-        name = self.store.name(shard.file)
+    def _open_shard(self, shard: Shard) -> OpenShard:
+        if not self.store.known(shard):
+            self._check_size(shard.file, shard.bytes)
         try:
-            size = self.store.size(shard.file)
+            mapped = self.store.map(shard)
+        except OSError as error:
+            name = self.store.name(shard.file)
+            raise UserError(
+                f"{name}: cannot be opened ({error.strerror}): check the file and its rights"
+            ) from None
+        dtype = DTYPES[self.index.dtype]
+        shape, strides = (shard.blocks, self.index.block_tokens + 1), (shard.stride, dtype.itemsize)
+        blocks: np.ndarray = np.ndarray(shape, dtype, mapped.view, offset=shard.base, strides=strides)
+        hashes = self._hashes(shard, mapped) if self.verify == "blocks" else np.empty(0, HASH)
+        return OpenShard(shard, mapped, blocks, hashes)
+
+    def _hashes(self, shard: Shard, mapped: Mapped) -> np.ndarray:
+        """The hashes of a shard's blocks, as the index vouches for them."""
+        for attempt in range(1 + ATTEMPTS):
+            raw = self.store.hashes(shard, mapped, attempt)
+            if xxhash.xxh3_64_hexdigest(raw) == shard.hashes:
+                return np.frombuffer(raw, HASH)
+        start, count = HASH.itemsize * shard.first_block, HASH.itemsize * shard.blocks
+        raise UserError(
+            f"{self.store.name(HASHES_FILE)}: the hashes of {shard.file}, {count} bytes at byte {start}, are "
+            f"not those that {INDEX_FILE} vouches for: copy {HASHES_FILE} and {INDEX_FILE} there again"
+        )
+
+    def _check_size(self, file: str, expected: int) -> None:
+        name, kind = self.store.name(file), "file" if file == HASHES_FILE else "shard"
+        try:
+            size = self.store.size(file)
         except FileNotFoundError:
             raise UserError(
-                f"{name}: missing shard, though {INDEX_FILE} lists it: copy it there again or write the "
+                f"{name}: missing {kind}, though {INDEX_FILE} lists it: copy it there again or write the "
                 f"shards anew"
             ) from None
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error}): check the file and its rights") from None
-        if size != shard.bytes:
-            what = "truncated" if size < shard.bytes else "not the shard that was written"
+        if size != expected:
+            what = "truncated" if size < expected else f"not the {kind} that was written"
             raise UserError(
-                f"{name}: {size} bytes where {INDEX_FILE} says {shard.bytes}: the shard is {what}, "
+                f"{name}: {size} bytes where {INDEX_FILE} says {expected}: the {kind} is {what}, "
                 f"copy it again or write the shards anew"
             )
 
-    def _check_block(self, number: int, block: int, tokens: np.ndarray) -> None:
+    def _check_block(self, opened: OpenShard, block: int) -> None:
         """Compare the hash of a block with the index, after fetching it if that helps."""
-        shard = self.index.shards[number]
+        shard, tokens = opened.shard, opened.blocks[block]
         start = shard.base + block * shard.stride
-        found, expected = block_hash(tokens), shard.hash_of(block)
-        if found != expected and self.store.fetch(shard, start, tokens.nbytes):
-            found = block_hash(tokens)
+        found, expected = block_hash(tokens), int(opened.hashes[block])
+        attempt = 0
+        while found != expected and self.store.fetch(shard, opened.mapped, start, tokens.nbytes, attempt):
+            found, attempt = block_hash(tokens), attempt + 1
         if found != expected:
             raise UserError(
-                f"{self.store.name(shard.file)}: block {block} at byte {start} has hash {found} where "
-                f"{INDEX_FILE} "
-                f"says {expected}: the shard is damaged, copy it again or write the shards anew"
+                f"{self.store.name(shard.file)}: block {block} at byte {start} has hash {hex_of(found)} "
+                f"where {HASHES_FILE} says {hex_of(expected)}: the shard is damaged, copy it again or write "
+                f"the shards anew"
             )
-        self._verified[number][block] = True
+        number = shard.first_block + block
+        self._verified[number >> 3] |= np.uint8(1 << (number & 7))

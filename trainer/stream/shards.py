@@ -1,10 +1,11 @@
-"""Write TokenShard v1 (form: `trainer.stream.index`): tokens in, plain WebDataset tars out.
+"""Write TokenShard v2 (form: `trainer.stream.index`): tokens in, plain WebDataset tars out.
 
     with ShardWriter("data/web/train", name="web", vocab_size=n, eos_id=eos, tokenizer_sha256=sha) as writer:
         for document in documents:
             writer.add(document.ids_with_eos, bytes_of_text=len(document.text.encode()))
 
-Memory: one block. A writer that dies leaves no `index.json`, hence no data set; the next writer sweeps up.
+Memory: one block, and 100 bytes a shard. A writer that dies leaves no `index.json`, hence no data set; the
+next writer sweeps up.
 """
 
 import os
@@ -22,11 +23,11 @@ from trainer.stream.index import (
     BLOCK_TOKENS,
     BLOCKS_PER_SHARD,
     DTYPES,
+    HASH,
+    HASHES_FILE,
     INDEX_FILE,
-    SECTOR,
     WRITING_FILE,
     Index,
-    Shard,
     block_hash,
     check_vocabulary,
     disk_errors,
@@ -35,6 +36,7 @@ from trainer.stream.index import (
     member_layout,
     npy_header,
 )
+from trainer.stream.table import SECTOR, Shard, Shards, hex_of
 
 __all__ = ["BLOCKS_PER_SHARD", "BLOCK_TOKENS", "Index", "Shard", "ShardWriter", "dtype_for"]
 
@@ -85,11 +87,11 @@ class ShardWriter:
         self._block: np.ndarray = np.empty(block_tokens + 1, DTYPES[self.dtype])
         self._fill = 0
         self._num_blocks = 0
-        self._shards: list[Shard] = []
+        self._rows: list[list[Any]] = []  # of the shards, as the index keeps them
         self._file: BinaryIO | None = None
         self._path = self.directory
         self._hash = xxhash.xxh3_64()
-        self._block_hashes: list[str] = []
+        self._block_hashes: list[int] = []
         self._base, self._stride = member_layout(block_tokens, self.dtype)
         self._npy_header = npy_header(block_tokens, self.dtype)
         self._padding = bytes(self._stride - SECTOR - len(self._npy_header) - self._block.nbytes)
@@ -111,6 +113,8 @@ class ShardWriter:
             fsync_directory(self.directory)
             for tar in tars:
                 tar.unlink()
+            (self.directory / HASHES_FILE).unlink(missing_ok=True)
+            (self.directory / f"{HASHES_FILE}.tmp").write_bytes(b"")  # whatever a killed writer left in it
 
     def add(self, tokens: np.ndarray | list[int], *, bytes_of_text: int = 0) -> None:
         """Append ids to the row: any piece of it, usually one document with its EOS. An empty piece is fine.
@@ -153,6 +157,11 @@ class ShardWriter:
         self._fill = 0
         if self._file is not None:
             self._finish_shard()
+        hashes = self.directory / HASHES_FILE
+        with disk_errors(hashes), open(f"{hashes}.tmp", "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(f"{hashes}.tmp", hashes)  # its own fsync is the one of the directory, before the index
+        fsync_directory(self.directory)
         index = Index(
             name=self.name,
             dtype=self.dtype,
@@ -164,7 +173,7 @@ class ShardWriter:
             n_valid=n_valid,
             documents=self.documents,
             bytes_of_text=self.bytes_of_text,
-            shards=tuple(self._shards),
+            shards=Shards(self._rows, self._base, self._stride),
             meta=self.meta,
         ).save(self.directory)
         (self.directory / WRITING_FILE).unlink()
@@ -189,7 +198,7 @@ class ShardWriter:
 
     def _write_block(self) -> None:
         if self._file is None:
-            self._path = self.directory / f"{self.name}-{len(self._shards):06d}.tar"
+            self._path = self.directory / f"{self.name}-{len(self._rows):06d}.tar"
             with disk_errors(self._path):
                 self._file = open(f"{self._path}.tmp", "wb")  # noqa: SIM115  (closed in _finish_shard or abort)
             self._hash = xxhash.xxh3_64()
@@ -222,15 +231,9 @@ class ShardWriter:
             self._file.close()
         self._file = None
         os.replace(f"{self._path}.tmp", self._path)
-        blocks = len(self._block_hashes)
-        self._shards.append(
-            Shard(
-                file=self._path.name,
-                bytes=size,
-                blocks=blocks,
-                base=self._base,
-                stride=self._stride,
-                xxh3=self._hash.hexdigest(),
-                block_xxh3="".join(self._block_hashes),
-            )
-        )
+        hashes = np.array(self._block_hashes, HASH).tobytes()
+        path = self.directory / f"{HASHES_FILE}.tmp"
+        with disk_errors(path), open(path, "ab") as file:
+            file.write(hashes)
+        digests = [self._hash.hexdigest(), hex_of(xxhash.xxh3_64_intdigest(hashes))]
+        self._rows.append([self._path.name, size, len(self._block_hashes), *digests])

@@ -1,17 +1,17 @@
 """Where shards lie: a directory that can be mapped, or any URL that fsspec opens (s3://, gs://, https://,
 ...).
 
-A remote shard gets a sparse file of its full size in the node's cache, and blocks are fetched into it one by
-one with ranged reads when they are first touched. The hash in the index says whether a block is there, so
-there is nothing else to keep in step: no lock, no list of what was fetched. Processes that fetch the same
-block at once write the same bytes, and a crash in the middle of a write leaves a block that does not match
-and is fetched again. The name in the cache comes from the whole URL and the hash of the shard, so equal file
-names of two sources never meet.
+A remote shard gets a sparse file of its full size in the node's cache (`cache.py`), and blocks are fetched
+into it one by one with ranged reads when they are first touched. The hash of a block says whether it is
+there, so there is nothing else to keep in step: no lock, no list of what was fetched. Processes that fetch
+the same block at once write the same bytes, and a crash in the middle of a write leaves a block that does
+not match and is fetched again.
 """
 
-import hashlib
+import http.client
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,28 @@ from typing import Any, Protocol
 import fsspec
 
 from trainer.errors import UserError
-from trainer.stream.index import INDEX_FILE, Shard, disk_errors
+from trainer.stream.cache import CachedFile, NodeCache
+from trainer.stream.index import HASH, HASHES_FILE, INDEX_FILE
+from trainer.stream.table import Shard
 
 ATTEMPTS = 3
 PAUSE_S = 1.0  # before the second attempt; doubled before the third
+
+
+class Mapped:
+    """The bytes of a shard whose size was checked; blocks of a remote one may still be zeros.
+
+    Holds the map and an open file: a fetch must write into the very file that is mapped, though somebody may
+    have tidied up the cache and put another one in its place.
+    """
+
+    def __init__(self, handle: int, length: int, cached: CachedFile | None = None):
+        self.handle = handle
+        self.view = mmap.mmap(handle, length, prot=mmap.PROT_READ)
+        self.cached = cached
+
+    def __del__(self) -> None:
+        os.close(self.handle)
 
 
 class Store(Protocol):
@@ -35,11 +53,18 @@ class Store(Protocol):
 
     def size(self, file: str) -> int: ...
 
-    def map(self, shard: Shard) -> mmap.mmap:
-        """The bytes of a shard, whose size was checked; blocks of a remote one may still be zeros."""
+    def known(self, shard: Shard) -> bool:
+        """Whether the size of this shard needs no question: it was asked on this node before."""
 
-    def fetch(self, shard: Shard, start: int, count: int) -> bool:
-        """Bring `count` bytes from `start` on into the map. False: they are as they are, nothing to fetch."""
+    def map(self, shard: Shard) -> Mapped: ...
+
+    def hashes(self, shard: Shard, mapped: Mapped, attempt: int) -> bytes:
+        """The shard's slice of the block hashes; later attempts go to the source again."""
+
+    def fetch(self, shard: Shard, mapped: Mapped, start: int, count: int, attempt: int) -> bool:
+        """Bring `count` bytes from `start` on into the map, for the attempt-th time; False: nothing left to
+        try.
+        """
 
 
 class LocalStore:
@@ -55,14 +80,26 @@ class LocalStore:
         return (self.directory / INDEX_FILE).read_bytes()
 
     def size(self, file: str) -> int:
-        return (self.directory / file).stat().st_size
+        return os.stat(f"{self.directory}/{file}").st_size  # a Path object would cost as much as the question
 
-    def map(self, shard: Shard) -> mmap.mmap:
-        with open(self.directory / shard.file, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-
-    def fetch(self, shard: Shard, start: int, count: int) -> bool:
+    def known(self, shard: Shard) -> bool:
         return False
+
+    def map(self, shard: Shard) -> Mapped:
+        return Mapped(os.open(self.directory / shard.file, os.O_RDONLY), shard.bytes)
+
+    def hashes(self, shard: Shard, mapped: Mapped, attempt: int) -> bytes:
+        with open(self.directory / HASHES_FILE, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), HASH.itemsize * shard.blocks, HASH.itemsize * shard.first_block)
+
+    def fetch(self, shard: Shard, mapped: Mapped, start: int, count: int, attempt: int) -> bool:
+        """Let the kernel forget the block once, so that it is read from the disk or the server again."""
+        if attempt:
+            return False
+        begin = start - start % mmap.PAGESIZE
+        mapped.view.madvise(mmap.MADV_DONTNEED, begin, start + count - begin)
+        os.posix_fadvise(mapped.handle, begin, start + count - begin, os.POSIX_FADV_DONTNEED)
+        return True
 
 
 class RemoteStore:
@@ -70,7 +107,7 @@ class RemoteStore:
 
     def __init__(self, url: str, cache_dir: str):
         self.url = url.rstrip("/")
-        self.cache = Path(cache_dir).expanduser()
+        self.cache = NodeCache(cache_dir)
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -86,28 +123,37 @@ class RemoteStore:
         return int(self._try(file, "size"))
 
     def cached(self, shard: Shard) -> Path:
-        """The file of the cache that stands for this shard."""
-        key = hashlib.sha256(f"{self.name(shard.file)}\n{shard.bytes}\n{shard.xxh3}".encode()).hexdigest()
-        return self.cache / f"{key[:40]}.tar"
+        """The file of the cache that stands for this shard: the shard, and its slice of the hashes behind
+        it.
+        """
+        return self.cache.path(f"{self.name(shard.file)}\n{shard.bytes}\n{shard.xxh3}\n{shard.hashes}")
 
-    def map(self, shard: Shard) -> mmap.mmap:
-        path = self.cached(shard)
-        with disk_errors(path):
-            self.cache.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if os.fstat(handle).st_size != shard.bytes:
-                    os.ftruncate(handle, shard.bytes)
-                return mmap.mmap(handle, 0, prot=mmap.PROT_READ)
-            finally:
-                os.close(handle)
+    def known(self, shard: Shard) -> bool:
+        return self.cached(shard).exists()
 
-    def fetch(self, shard: Shard, start: int, count: int) -> bool:
-        data = self._try(shard.file, "cat_file", start=start, end=start + count)
-        path = self.cached(shard)
-        with disk_errors(path), open(path, "r+b") as file:
-            file.seek(start)
-            file.write(data)
+    def map(self, shard: Shard) -> Mapped:
+        cached = self.cache.open(self.cached(shard), shard.bytes + HASH.itemsize * shard.blocks)
+        return Mapped(cached.handle, shard.bytes, cached)
+
+    def hashes(self, shard: Shard, mapped: Mapped, attempt: int) -> bytes:
+        count = HASH.itemsize * shard.blocks
+        if attempt == 0:
+            return os.pread(mapped.handle, count, shard.bytes)
+        start = HASH.itemsize * shard.first_block
+        raw = self._try(HASHES_FILE, "cat_file", start=start, end=start + count)
+        assert mapped.cached is not None
+        mapped.cached.write(raw, shard.bytes)
+        return raw
+
+    def fetch(self, shard: Shard, mapped: Mapped, start: int, count: int, attempt: int) -> bool:
+        assert mapped.cached is not None
+        if mapped.cached.neighbour is not None:
+            if attempt == 0:
+                return mapped.cached.copy_from_neighbour(start, count)
+            attempt -= 1
+        if attempt == ATTEMPTS:
+            return False
+        mapped.cached.write(self._try(shard.file, "cat_file", start=start, end=start + count), start)
         return True
 
     def _try(self, file: str, method: str, **options: Any) -> Any:
@@ -119,12 +165,19 @@ class RemoteStore:
                 return getattr(self.system, method)(f"{self.root}/{file}", **options)
             except (FileNotFoundError, PermissionError):
                 raise
-            except OSError as error:
+            except network_errors() as error:
                 reason = str(error) or type(error).__name__
         raise UserError(
             f"{self.name(file)}: cannot be read after {ATTEMPTS} attempts ({reason}): check the network and "
             f"the store"
         )
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """What file systems raise when a connection fails: not all of it is an OSError."""
+    errors: tuple[type[BaseException], ...] = (OSError, EOFError, http.client.HTTPException)
+    aiohttp = sys.modules.get("aiohttp")  # loaded by the file systems that use it
+    return errors if aiohttp is None else (*errors, aiohttp.ClientError)
 
 
 def open_store(path: str, cache_dir: str) -> Store:
