@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.generate.config import SamplingConfig
 from trainer.model.config import ModelConfig
 from trainer.observe.loggers import LoggerConfig
+from trainer.stability import StabilityConfig
 from trainer.stream.config import DataConfig
 
 
@@ -77,6 +78,7 @@ class StageConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -97,6 +99,7 @@ class StageConfig:
             self.engine,
             self.optim,
             self.checkpoint,
+            self.stability,
             self.eval,
             self.sample,
             self.logger,

@@ -7,6 +7,8 @@ with code 2. Anything else is a fault of ours and keeps its traceback.
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request before the last step; the same command goes on
+EXIT_HUNG = 76  # no rank made progress for watch.limit_s; the report names who the others waited for
+EXIT_UNSTABLE = 77  # the run returned to earlier checkpoints too often; a person must look
 
 
 class UserError(Exception):

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.config import StageConfig, compose_stage, help_text, plain
 from trainer.errors import EXIT_USER_ERROR, SharedError, UserError
+from trainer.faults import reach
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
     from trainer.engine.world import World
     from trainer.load import Source
-    from trainer.loop import Stage
+    from trainer.stage import Stage
 
 T = TypeVar("T")
 # A rank that leaves another to speak stays so long: launchers kill all ranks as soon as the first has gone,
@@ -109,9 +110,10 @@ def train(name: str, config: StageConfig, make_stage: MakeStage) -> int:
 def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World") -> int:
     from trainer.engine import commit
     from trainer.engine.build import build_engine
-    from trainer.loop import Loop, resume
+    from trainer.loop import Loop, Progress, resume
     from trainer.observe.loggers import make_loggers
     from trainer.run import RunDirectory, config_hash
+    from trainer.stability import Stability
 
     world.same_everywhere("the resolved config", config_hash(plain(config)))
     stage = together(world, lambda: make_stage(config, world))
@@ -123,7 +125,8 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     saved, damaged = commit.newest_whole(Path(config.run_dir) / "checkpoints", world)
     if saved is not None:
         state = commit.read_state(saved)
-        together(world, lambda: stage.check_state(state["stream"], state["step"]))
+        done = Progress.of(state)
+        together(world, lambda: stage.check_state(state["stream"], done.data_step(done.step)))
     engine = together(
         world, lambda: build_engine(config.model, config.engine, config.optim, world, config.seed)
     )
@@ -144,16 +147,18 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
         told.append(f"damaged checkpoint set aside as {path.name}.damaged: {problem}")
         if world.is_main:
             commit.set_aside(path)
-    progress = together(world, lambda: resume(engine, saved))
+    stability = Stability(config.stability)
+    progress = together(world, lambda: resume(engine, saved, stability))
     if saved is not None:
         told.append(f"going on from {saved}")
     run.resume_from(progress.step)
+    reach("wandb/start")
     loggers = make_loggers(config.logger, run, config.steps, progress.step)
     code = 1
     try:
         for line in [*run.describe(), *told]:
             loggers.message(line)
-        code = Loop(stage, engine, config, run, progress, loggers).run()
+        code = Loop(stage, engine, config, run, progress, loggers, stability).run()
     finally:
         loggers.close(code)
         run.close()

@@ -1,88 +1,58 @@
 """The one training loop: step, log, evaluate, sample text, save, agree to stop. Every stage runs through it.
 
-A stage says what a batch is and what the loss is (`Stage`); it never loops. Step s is 0-based in the code
-that plans (`stage.batch(s)`, the learning rate) and counted from 1 in everything a user reads: after step n,
-n updates are done.
+What a step may lead to besides its log line is decided by all ranks together, once a step: a stop, a save, a
+return to the last checkpoint, a block of data put out of use. Nothing here asks which stage or engine it is.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import nn
-
-from trainer.chat.tokenizer import Tokenizer
 from trainer.config import StageConfig
 from trainer.engine import checkpoint, commit
-from trainer.engine.engine import Engine, LossSum, Micro, StepResult
+from trainer.engine.engine import Engine, StepResult
+from trainer.engine.saver import Saver
 from trainer.engine.schedule import learning_rate
-from trainer.errors import EXIT_STOPPED
-from trainer.generate.engine import Generator
-from trainer.model.flops import attention_pairs, document_lengths, peak_flops, train_flops
-from trainer.model.transformer import Transformer
+from trainer.errors import EXIT_STOPPED, EXIT_UNSTABLE, SharedError
+from trainer.faults import reach
 from trainer.observe.goodput import Goodput
 from trainer.observe.loggers import Loggers
 from trainer.observe.timer import StepTimer
 from trainer.run import RunDirectory
-from trainer.signals import NAMES, stop_requests
+from trainer.samples import write_samples
+from trainer.signals import NAMES, STOPS, StopRequest, stop_requests
+from trainer.speed import Speed, memory
+from trainer.stability import Stability
+from trainer.stage import Batch, Stage
 from trainer.stream.loader import Prefetcher
 
-GIB = 1 << 30
-
-
-class Batch(Protocol):
-    """This rank's share of a global batch."""
-
-    micros: Any  # Sequence[Micro]
-    first_sample: int
-    num_samples: int
-    epochs: dict[str, float]
-
-
-class Stage(Protocol):
-    """What differs between pretraining, fine-tuning, reward models and GRPO."""
-
-    name: str
-    tokenizer: Tokenizer | None  # None: no text samples
-    read_ahead: int  # threads that prepare batches; 0 where a batch depends on the weights
-    notes: list[str]  # what to tell the user at the start
-
-    def batch(self, step: int) -> Batch:
-        """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the
-        weights.
-        """
-
-    def loss(self, model: nn.Module, micro: Any) -> LossSum:
-        """Sums over the supervised items of a micro-batch."""
-
-    def eval_batches(self) -> Sequence[Micro]:
-        """This rank's share of the held-out data, equally many micro-batches on every rank; empty: none."""
-
-    def eval_loss(self, model: nn.Module, micro: Any) -> LossSum:
-        """Sums that `eval_metrics` turns into metrics."""
-
-    def eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """`val/...` from the sums over all ranks."""
-
-    def state(self, step: int) -> dict[str, Any]:
-        """JSON that a checkpoint after `step` steps keeps."""
-
-    def check_state(self, state: dict[str, Any], step: int) -> None:
-        """Raise UserError where this config would not go on as `state` was going."""
+DAMAGE = 1 << 8  # a bit of the word that ranks agree on: one of them put a block of data out of use
 
 
 @dataclass
 class Progress:
-    """What the loop itself carries from step to step; it is all in the checkpoint."""
+    """What the loop itself carries from step to step; it is all in the checkpoint.
+
+    `jumps`: (step, batches) pairs: from that step on the data is so many batches further. A return to an
+    earlier checkpoint makes one, so the order of the data stays a pure function of the step.
+    """
 
     step: int = 0  # updates done
     tokens: int = 0  # supervised tokens trained on
-    skipped: int = 0  # steps whose update was dropped as not finite
+    skipped: int = 0  # steps whose update was left out
+    jumps: list[list[int]] = field(default_factory=list)
 
-    def plain(self) -> dict[str, int]:
-        return {"step": self.step, "tokens": self.tokens, "skipped": self.skipped}
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """From a checkpoint's state.json."""
+        return cls(state["step"], state["tokens"], state["skipped"], state.get("jumps", []))
+
+    def plain(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "jumps": self.jumps}
+
+    def data_step(self, step: int) -> int:
+        """The number of the batch that step `step` (0-based) trains on."""
+        return step + sum(batches for at, batches in self.jumps if at <= step)
 
 
 @dataclass
@@ -95,6 +65,7 @@ class Loop:
     run_directory: RunDirectory
     progress: Progress
     loggers: Loggers
+    stability: Stability
 
     def __post_init__(self) -> None:
         world = self.engine.world
@@ -102,188 +73,225 @@ class Loop:
         self.goodput = Goodput(
             self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt
         )
+        self.saver = Saver(self.run_directory.checkpoints, self.engine, self.config.checkpoint)
         self.saved_step = self.progress.step if self.progress.step else -1
-        peak = peak_flops(world.device, self.config.engine.compute_dtype(world.device))
-        self.peak = peak * world.size if peak else None
+        self.speed = Speed(self.engine, self.config)
+        self.events: dict[str, str] = {}  # what happened since the last log line
 
     def run(self) -> int:
         """Train to the last step, or to an agreed stop."""
         steps = self.config.steps
         if self.progress.step >= steps:
             done = self.progress.step
-            self.loggers.message(
-                f"{self.run_directory.path}: {done} of {steps} steps are done; raise steps to go on"
-            )
-            self.run_directory.mark_done(
-                done
-            )  # a kill between the last save and its mark must not last for ever
+            self._tell(f"{self.run_directory.path}: {done} of {steps} steps are done; raise steps to go on")
+            # a kill between the last save and its mark must not last for ever
+            self.run_directory.mark_done(done)
             return 0
         self.goodput.start()
-        with stop_requests() as request, Prefetcher(self.stage.batch, self.stage.read_ahead) as batches:
+        with stop_requests() as request, Prefetcher(self._batch, self.stage.read_ahead) as batches:
             if self.progress.step == 0:
                 self._log(self._look(first=True))
             stopped = 0
             while self.progress.step < steps and not stopped:
                 self._step(batches)
-                stopped = self.engine.agree(request.word)
-                due = self.config.checkpoint.every and self.progress.step % self.config.checkpoint.every == 0
-                if due or stopped:
+                stopped = self._agree(request)
+                if self.stability.must_return and not stopped:
+                    if not self._roll_back():
+                        self.goodput.stop("unstable")
+                        return EXIT_UNSTABLE
+                elif stopped or self._due(self.config.checkpoint.every):
                     self._save()
-            if self.progress.step < steps:
-                self.loggers.message(
-                    f"stopped by {NAMES[stopped]} after step {self.progress.step} of {steps}, all saved; "
-                    f"the same command goes on"
-                )
-                self.goodput.stop("signal")
-                return EXIT_STOPPED
-            self._save()
+        self._save(last=True)
+        if self.progress.step < steps:
+            self._tell(
+                f"stopped by {NAMES[stopped]} after step {self.progress.step} of {steps}, all saved; "
+                f"the same command goes on"
+            )
+            self.goodput.stop("signal")
+            return EXIT_STOPPED
         self.run_directory.mark_done(self.progress.step)
         self.goodput.stop("done")
         return 0
 
+    # --- a step
+
+    def _batch(self, step: int) -> Batch:
+        """Called on the read-ahead threads."""
+        reach("data/prefetch")
+        return self.stage.batch(self.progress.data_step(step))
+
     def _step(self, batches: Prefetcher[Any]) -> None:
         step = self.progress.step
+        self.engine.on_phase("data")
         with self.timer.part("wait_data"):
             batch = batches.get(step)
         lr = learning_rate(step, self.config.steps, self.config.optim.lr, self.config.schedule)
+
+        def accept(loss: float, norm: float) -> bool:
+            return not self.stability.why_not(loss, norm)
+
         with self.timer.part("forward_backward"):
-            result = self.engine.train_step(batch.micros, self.stage.loss, lr)
+            result = self.engine.train_step(batch.micros, self.stage.loss, lr, accept)
         self.timer.move("forward_backward", "optimizer", result.seconds["optimizer"])
+        reach("step/updated")
         self.progress.step += 1
         self.progress.tokens += result.num_items
-        self.progress.skipped += result.skipped
-        if result.skipped:
-            self.loggers.message(
-                f"step {self.progress.step}: loss or gradient is not finite, update skipped "
-                f"(samples {batch.first_sample}..{batch.first_sample + batch.num_samples - 1})"
-            )
+        self._judge(batch, result)
+        if (saved := self.saver.result()) is not None:
+            self._note_save(saved)
         metrics = self._look() | self._describe(batch, result, lr)
         parts = self.timer.finish()
         self.goodput.step(self.progress.step, parts)
-        self._log(metrics | parts | self._speed(batch, result.num_items, parts["speed/step_s"]))
+        self._log(metrics | parts | self.speed.metrics(batch, result.num_items, parts["speed/step_s"]))
+
+    def _judge(self, batch: Batch, result: StepResult) -> None:
+        """Take note of whether the update was made, and say why where it was not."""
+        if result.skipped:
+            reason = self.stability.why_not(result.loss, result.grad_norm) or "another rank refused it"
+            samples = f"samples {batch.first_sample}..{batch.first_sample + batch.num_samples - 1}"
+            self.progress.skipped += 1
+            self.events["event/skip"] = reason
+            self._tell(f"step {self.progress.step}: {reason}; update left out ({samples})")
+        self.stability.record(result.loss, result.grad_norm, result.skipped)
 
     def _describe(self, batch: Batch, result: StepResult, lr: float) -> dict[str, Any]:
+        events, self.events = self.events, {}
         return {
             "train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr,
             "train/items": result.num_items, "train/skipped_steps": self.progress.skipped,
-            "data/batch_hash": result.batch_hash, "data/samples": batch.first_sample + batch.num_samples,
+            "train/rollbacks": self.stability.rollbacks, "data/batch_hash": result.batch_hash,
+            "data/first_sample": batch.first_sample, "data/samples": batch.first_sample + batch.num_samples,
             **{f"data/epoch/{source}": epoch for source, epoch in batch.epochs.items()},
-            "run/attempt": self.run_directory.attempt, **self._memory(),
+            "run/attempt": self.run_directory.attempt, **memory(self.engine.world.device), **events,
         }  # fmt: skip
 
-    def _speed(self, batch: Batch, tokens: int, seconds: float) -> dict[str, float]:
-        rate = tokens / seconds
-        speed = {"speed/tokens_per_s": rate, "speed/tokens_per_s_per_device": rate / self.engine.world.size}
-        # May be a collective, so outside the `if`: a rank on an unknown GPU has no peak.
-        flops = self._flops(batch, tokens)
-        if self.peak:
-            speed["speed/mfu"] = flops / seconds / self.peak
-        return speed
-
-    def _flops(self, batch: Batch, tokens: int) -> float:
-        """Model FLOPs of a step over all ranks; attention counts pairs inside masked documents."""
-        config = self.config.model
-        if all(micro.documents_BT is None for micro in batch.micros):
-            whole = torch.full((batch.num_samples,), self.config.seq_len)
-            return train_flops(config, tokens, float(attention_pairs(whole, config.sliding_window, "full")))
-        lengths = torch.cat([document_lengths(micro.documents_BT) for micro in batch.micros])
-        mine = int(attention_pairs(lengths, config.sliding_window, "full"))
-        return train_flops(config, tokens, float(self.engine.world.sum_words([mine])[0]))
-
-    def _memory(self) -> dict[str, float]:
-        device = self.engine.world.device
-        if device.type == "cuda":
-            return {
-                "memory/peak_allocated": torch.cuda.max_memory_allocated(device) / GIB,
-                "memory/peak_reserved": torch.cuda.max_memory_reserved(device) / GIB,
-            }
-        import resource
-
-        return {"memory/peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.progress.step % every == 0
 
     def _look(self, first: bool = False) -> dict[str, Any]:
         """Evaluate and sample if it is their turn: before the first step, every so many, and after the last
         one.
         """
         metrics: dict[str, Any] = {}
-        last = self.progress.step == self.config.steps
-
-        def due(every: int) -> bool:
-            return bool(every) and (first or last or self.progress.step % every == 0)
-
-        if due(self.config.eval.every):
+        edge = first or self.progress.step == self.config.steps
+        if self.config.eval.every and (edge or self._due(self.config.eval.every)):
             with self.timer.part("eval"):
                 micros = self.stage.eval_batches()
                 if micros:
                     metrics |= self.stage.eval_metrics(self.engine.evaluate(micros, self.stage.eval_loss))
             if summary := self.goodput.summary():
                 metrics["run/goodput"] = summary.goodput
-        if due(self.config.sample.every) and self.config.sample.prompts and self.stage.tokenizer:
+        tokenizer, sample = self.stage.tokenizer, self.config.sample
+        if tokenizer and sample.prompts and sample.every and (edge or self._due(sample.every)):
             with self.timer.part("sample"):
-                self._sample(self.stage.tokenizer)
+                rows = write_samples(self.engine, self.config, tokenizer)
+                if rows is None:
+                    self._tell(f"step {self.progress.step}: no text samples, the logits are not finite")
+                elif rows:
+                    self.loggers.text(self.progress.step, "samples", rows)
         return metrics
 
-    def _sample(self, tokenizer: Tokenizer) -> None:
-        """Rank 0 gets a whole copy of the weights, tensor by tensor, and writes; the others only take part
-        in the gathers.
-        """
-        world = self.engine.world
-        copy: Transformer | None = None
-        parameters: dict[str, torch.Tensor] = {}
-        if world.is_main:
-            with torch.device("meta"):
-                copy = Transformer(self.config.model)
-            dtype = self.config.engine.compute_dtype(world.device)
-            copy = copy.to(dtype).to_empty(device=world.device).eval()
-            parameters = dict(copy.named_parameters())
-        for name, tensor in self.engine.full_tensors():
-            if name in parameters:
-                parameters[name].detach().copy_(tensor)
-        if copy is None:
-            return
-        sample = self.config.sample
-        prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in sample.prompts]
-        keys = [("sample", index) for index in range(len(prompts))]
-        generator = Generator(copy, eos_ids=tokenizer.eos_ids, tokenizer=tokenizer)
-        try:
-            written = generator.generate(prompts, sample.sampling(), seed=self.config.seed, keys=keys)
-        except (
-            FloatingPointError
-        ):  # weights that are not finite: training says so itself, a sample must not end it
-            self.loggers.message(f"step {self.progress.step}: no text samples, the logits are not finite")
-            return
-        rows = [{"prompt": p, "completion": tokenizer.decode(c.ids)} for p, c in zip(sample.prompts, written)]
-        self.loggers.text(self.progress.step, "samples", rows)
+    def _tell(self, text: str) -> None:
+        self.loggers.message(text)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         if metrics:
+            self.engine.on_phase("log")
             with self.timer.part("log"):
                 self.loggers.log(self.progress.step, self.progress.tokens, metrics)
 
-    def _save(self) -> None:
-        """After the step's log line, so that a checkpoint never stands without the metrics that led to it."""
-        if self.saved_step == self.progress.step:
-            return
+    # --- what all ranks decide together
+
+    def _agree(self, request: StopRequest) -> int:
+        """The stop bits that any rank was asked for; damaged data that any rank found reaches all."""
+        found = self.stage.new_damage()
+        word = self.engine.agree(request.word | (DAMAGE if found else 0))
+        if word & DAMAGE:
+            shared = [damage for part in self.engine.world.gather(found) for damage in part]  # type: ignore[attr-defined]
+            self.stage.adopt_damage(shared)
+            self.run_directory.add_damage(shared)
+            names = ", ".join(sorted({f"{d['shard']} block {d['block']}" for d in shared}))
+            self.events["event/damage"] = names
+            self._tell(f"step {self.progress.step}: damaged data put out of use: {names}")
+        return word & STOPS
+
+    def _save(self, last: bool = False) -> None:
+        """Order a checkpoint; after the step's log line, so that none stands without the metrics that led to
+        it. `last`: wait until it is written, and fail where it cannot be.
+        """
         with self.timer.part("save"):
-            extra: dict[str, Path] = {}
-            if self.stage.tokenizer is not None:
-                extra["tokenizer"] = self.stage.tokenizer.directory
-            state = {
-                **self.progress.plain(),
-                "stage": self.stage.name,
-                "stream": self.stage.state(self.progress.step),
-            }
-            self.loggers.sync()
-            checkpoint.save(self.run_directory.checkpoints, self.progress.step, self.engine, state, extra)
-            self.goodput.flush()
-            self.saved_step = self.progress.step
+            self._note_save(self.saver.wait())
+            if self.saved_step != self.progress.step:
+                extra = {"tokenizer": self.stage.tokenizer.directory} if self.stage.tokenizer else {}
+                self.saver.save(self.progress.step, self._state(), extra, self.loggers.sync)
+                self.goodput.flush()
+                self.saved_step = self.progress.step
+            if last or not self.config.checkpoint.background:
+                problem = self.saver.wait()
+                if last and self.saver.committed != self.saved_step:
+                    raise SharedError(problem)
+                self._note_save(problem)
+
+    def _state(self) -> dict[str, Any]:
+        data_step = self.progress.data_step(self.progress.step)
+        return {
+            **self.progress.plain(), "stage": self.stage.name, "stream": self.stage.state(data_step),
+            "stability": self.stability.state(),
+        }  # fmt: skip
+
+    def _note_save(self, problem: str) -> None:
+        """A save in the background has ended, or none was under way."""
+        if not problem:
+            return
+        if self.saver.committed != self.saved_step:
+            self.saved_step = -1  # it is not there, so the next due save and the last one must not rely on it
+        self.events["event/save"] = problem
+        self._tell(f"step {self.progress.step}: {problem}; training goes on")
+
+    def _roll_back(self) -> bool:
+        """To the newest whole checkpoint from before the trouble, and past the batches trained on since.
+        False: there is none, or it was done too often; all is told.
+        """
+        with self.timer.part("save"):
+            self._note_save(self.saver.wait())
+        now, streak, done = self.progress, self.stability.in_row, self.stability.rollbacks
+        trouble = f"the last {streak} steps were left out"
+        path, damaged = commit.newest_whole(
+            self.run_directory.checkpoints, self.engine.world, not_after=now.step - streak
+        )
+        if done >= self.config.stability.rollbacks or path is None:
+            why = f"after {done} returns" if path else "and there is no checkpoint to return to"
+            self._tell(
+                f"step {now.step}: {trouble} {why}: the run stops unsaved; look at the batches "
+                f"(`trivium replay {self.run_directory.path} --step {now.step}`), lower optim.lr, or raise "
+                f"stability.rollbacks"
+            )
+            return False
+        for other, problem in damaged.items():
+            self._tell(f"damaged checkpoint passed over: {problem}")
             if self.engine.world.is_main:
-                commit.prune(self.run_directory.checkpoints, self.config.checkpoint)
+                commit.set_aside(other)
+        state = checkpoint.load(path, self.engine)
+        back = Progress.of(state)
+        first, end = now.data_step(back.step), now.data_step(now.step)
+        back.jumps = [jump for jump in now.jumps if jump[0] <= back.step] + [[back.step, end - first]]
+        back.skipped = now.skipped
+        self.stability.restore(state["stability"])
+        self.stability.rollbacks = done + 1
+        self.progress, self.saved_step = back, back.step
+        self.loggers.rewind(back.step)
+        self.goodput.rewind(back.step)
+        self.events["event/rollback"] = (
+            f"from step {now.step} to {back.step}: batches {first}..{end - 1} left out"
+        )
+        self._tell(f"step {now.step}: {trouble}: back to {path.name}, past the {end - first} batches since")
+        return True
 
 
-def resume(engine: Engine, path: Path | None) -> Progress:
+def resume(engine: Engine, path: Path | None, stability: Stability) -> Progress:
     """Load a checkpoint of the run into the engine; none: the run begins. Collective."""
     if path is None:
         return Progress()
     state = checkpoint.load(path, engine)
-    return Progress(state["step"], state["tokens"], state["skipped"])
+    stability.restore(state["stability"])
+    return Progress.of(state)

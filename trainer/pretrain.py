@@ -107,6 +107,12 @@ class Pretrain:
     def check_state(self, state: dict[str, Any], step: int) -> None:
         self.batches.check_state(state, step)
 
+    def new_damage(self) -> list[dict[str, Any]]:
+        return []
+
+    def adopt_damage(self, found: list[dict[str, Any]]) -> None:
+        pass
+
 
 def find_tokenizer(config: PretrainConfig) -> Any:
     """`tokenizer=DIR`, else the one beside the first source; None if there is none (then no samples, no bits

@@ -4,6 +4,7 @@
                 config-attempt-N.yaml      what attempts up to N ran with, where it was changed since
                 run.json                   run id, W&B id, attempts, lineage, versions
                 metrics.jsonl              one line per step; samples.jsonl: text written by the model
+                quarantine.json            blocks of damaged data that were put out of use, if any
                 goodput.jsonl              where the time of all attempts went
                 checkpoints/ rollouts/ wandb/ logs/attempt-N/
                 report.html DONE           DONE exists only when the last step was trained and saved
@@ -35,6 +36,7 @@ from trainer.observe.provenance import code_version, versions
 from trainer.observe.secrets import redact
 
 FORMAT = "trivium-run-1"
+DAMAGE_FILE = "quarantine.json"
 PREPARED = {
     "config.yaml",
     "logs",
@@ -262,6 +264,13 @@ class RunDirectory:
                 lines.close()
         return counts[0]
 
+    def add_damage(self, found: list[dict[str, Any]]) -> None:
+        """Blocks of data that were put out of use: a later attempt leaves them out even when they were mended
+        meanwhile, or it would read other samples than this one did."""
+        if self.rank == 0:
+            known = read_damage(self.path)
+            replace_text(self.path / DAMAGE_FILE, json.dumps(known + found, indent=1) + "\n")
+
     def add_lineage(self, **digests: Any) -> None:
         """Adds what became known only after opening, under the same rule: a digest never changes."""
         refuse_lineage(str(self.path), self.lineage, digests)
@@ -293,6 +302,18 @@ class RunDirectory:
         if self._lock:
             self._lock.close()
             self._lock = None
+
+
+def read_damage(path: Path) -> list[dict[str, Any]]:
+    """What `add_damage` recorded in the run directory `path`; [] without such a file or directory."""
+    file = path / DAMAGE_FILE
+    if not file.exists():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON ({error}): restore it") from error
+    return found
 
 
 def _iso(seconds: float) -> str:

@@ -29,6 +29,7 @@ from trainer.model.init import init_weights
 from trainer.model.transformer import Transformer
 from trainer.observe.loggers import make_loggers, read_metrics
 from trainer.run import RunDirectory
+from trainer.stability import Stability
 from trainer.stream.shards import ShardWriter
 
 SEQ_LEN, BATCH = 512, 8
@@ -128,8 +129,16 @@ def build_loop(run_dir: Path, data: Path, model: ModelConfig, optim: OptimConfig
     run.resume_from(0)
     stage = Pretrain(config, world)
     built = build_engine(model, EngineConfig(kind=args.engine, compile=True), optim, world, 0)
-    loop = Loop(stage, built, config, run, Progress(), make_loggers(config.logger, run, config.steps))
-    loop._save = lambda: None  # a round ends here, not the run: saving is not what is measured
+    loop = Loop(
+        stage,
+        built,
+        config,
+        run,
+        Progress(),
+        make_loggers(config.logger, run, config.steps),
+        Stability(config.stability),
+    )
+    loop._save = lambda last=False: None  # a round ends here, not the run: saving is not what is measured
     return loop
 
 

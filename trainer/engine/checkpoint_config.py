@@ -10,6 +10,7 @@ class CheckpointConfig:
     """Besides these, every run saves at its last step and at every agreed stop."""
 
     every: int = 1000  # steps; 0: only at the end and on a stop
+    background: bool = True  # the step waits only for a copy in host memory, not for the disk
     keep_last: int = 2
     keep_every: int = 0  # checkpoints at multiples of this many steps are kept for good. 0: none
 

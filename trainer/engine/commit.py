@@ -127,14 +127,17 @@ def find(path: str | Path) -> Path:
     raise UserError(f"{path}: no committed checkpoint in {root}; give a run directory that has saved one")
 
 
-def newest_whole(root: Path, world: "World") -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that verifies, and the newer ones that do not with what is wrong. Collective."""
+def newest_whole(
+    root: Path, world: "World", not_after: int | None = None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that verifies (of step `not_after` or before), and the newer ones that do not
+    with what is wrong. Collective.
+    """
     problems: dict[Path, str] = {}
-    steps = world.gather(list_steps(root))[
-        0
-    ]  # rank 0's view: a shared file system may show others an older one
+    # rank 0's view: a shared file system may show others an older one
+    steps = world.gather(list_steps(root))[0]
     assert isinstance(steps, list)
-    for step in reversed(steps):
+    for step in reversed([step for step in steps if not_after is None or step <= not_after]):
         path = directory_of(root, step)
         found = [str(text) for text in world.gather(check(path, True, world.rank, world.size)) if text]
         if not found:

@@ -43,7 +43,7 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._step = 0
+        self.committed = -1  # step of the last save that this rank knows to be whole
         self._pieces = 0
 
     def save(
@@ -62,8 +62,6 @@ class Saver:
         ranges = self._stage()
         whole = checkpoint.describe(self.engine, step, state)
         reach("save/staged")
-        self._step = step
-        self._error = None
         self._thread = threading.Thread(
             target=self._write, args=(step, ranges, whole, extra, before_commit), name="save", daemon=True
         )
@@ -95,6 +93,7 @@ class Saver:
             checkpoint.write(
                 self.root, step, ranges, state, extra, self.world, before_commit, self._count_piece
             )
+            self.committed = step
             if self.world.is_main:
                 self._prune()
         except BaseException as error:  # told by result() on the training thread

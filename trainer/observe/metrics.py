@@ -88,7 +88,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "data/batch_hash", "", "hash of the global batch (hex): equal runs read equal batches", chart=False
     ),
-    Metric("data/samples", "sequences", "sequences read so far"),
+    Metric("data/first_sample", "", "number of the global batch's first sequence in the stream", chart=False),
+    Metric("data/samples", "sequences", "where the stream stands after the step"),
+    Metric("event/*", "", "what happened, in words: skip, rollback, save, damage, slow", chart=False),
     Metric("rl/reward", "", "mean reward of the step's completions", "max", (GRPO,)),
     Metric("rl/reward/*", "", "mean of one part of the reward", "max", (GRPO,)),
     Metric("rl/pass@*", "", "share of problems solved within k tries, e.g. rl/pass@1", "max", (GRPO,)),
