@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint bench soak clean
 
 help:
 	@echo "make quickstart   web pages -> a small language model you can talk to, on a laptop CPU"
 	@echo "make test         lint, types and all tests"
 	@echo "make bench        measured ratios against named references"
+	@echo "make soak         200 kills, healthy runs under a tight watch: the tests at length"
 	@echo "make lint         ruff and mypy alone"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.run
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak.run
 
 clean:
 	rm -rf $(VENV) runs data .pytest_cache .ruff_cache .mypy_cache
