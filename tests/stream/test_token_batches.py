@@ -313,13 +313,16 @@ def test_state_refuses_another_past_and_allows_another_future(mixed: DataConfig,
         (token_batches(changed(shuffle_blocks=8)), r"data\.shuffle_blocks=8: this run was begun with 4"),
         (token_batches(mixed, seed=6), r"seed=6: this run was begun with 5"),
         (token_batches(mixed, seq_len=32), r"seq_len=32: this run was begun with 16"),
-        (token_batches(changed(sources=other)), r"data: its fingerprint sha256:.* is not the one"),
+        (
+            token_batches(changed(sources=other)),
+            r"data\.sources\.web\.path=.*: not the shards this run began with",
+        ),
     ]
     for batches, message in refused:
         with pytest.raises(UserError, match=message):
             batches.check_state(state, 5)
-    with pytest.raises(UserError, match="stream state of version 2"):
-        one.check_state({**state, "v": 2}, 5)
+    with pytest.raises(UserError, match="stream state of version 3"):
+        one.check_state({**state, "v": 3}, 5)
 
 
 def test_fingerprint_of_one_source_is_that_of_its_index(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.stream import state
 from trainer.stream.config import DataConfig
+from trainer.stream.damage import Quarantine
 from trainer.stream.index import Index
 from trainer.stream.micro import IGNORE, Micro, make_micros
 from trainer.stream.mixture import Mixture
@@ -25,8 +27,6 @@ from trainer.stream.reader import TokenReader
 from trainer.stream.store import split_path
 
 __all__ = ["IGNORE", "Batch", "Micro", "TokenBatches"]
-
-STATE_VERSION = 1
 
 
 @dataclass
@@ -73,6 +73,7 @@ class TokenBatches:
         self.micro_batch = micro_batch
         self.rank, self.world = rank, world
         self.vocab_size, self.tokenizer_sha256 = vocab_size, tokenizer_sha256
+        self.quarantine = Quarantine(config.on_damage, config.max_damaged, seed)
         self.readers = self._open(split)
         for name, source in config.named_sources().items():
             if name not in self.readers:
@@ -97,7 +98,10 @@ class TokenBatches:
     @property
     def fingerprint(self) -> str:
         """What is read: the sha256 of the index of a single source, or of all of them by name."""
-        prints = {name: reader.index.fingerprint for name, reader in self.readers.items()}
+        return self._fingerprint(list(self.readers))
+
+    def _fingerprint(self, names: list[str]) -> str:
+        prints = {name: self.readers[name].index.fingerprint for name in names}
         if list(prints) == ["train"]:
             return prints["train"]
         return "sha256:" + hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
@@ -108,10 +112,12 @@ class TokenBatches:
         return sum(max(0, min(step, end) - start) * size for (start, size), end in zip(self.ramp, ends))
 
     def batch(self, step: int) -> Batch:
-        """This rank's share of global batch `step`, a pure function of the config and `step`."""
+        """This rank's share of global batch `step`, a pure function of the config, `step`, and the damaged
+        blocks that were found or adopted.
+        """
         first, last = self.consumed(step), self.consumed(step + 1)
         source_N, window_N = self.mixture.batch(first, last - first)
-        micros = self._share(list(self.readers.values()), source_N, window_N)
+        micros = self._share(list(self.readers.values()), source_N, window_N, (first, last - first))
         return Batch(micros, first, last - first, self.mixture.epochs(last))
 
     def eval_batches(self, num_sequences: int, source: str | None = None) -> list[Micro]:
@@ -142,56 +148,64 @@ class TokenBatches:
         return self._val
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the stream stands after `step` steps, as JSON; a function of the config and the step."""
+        """Where the stream stands after `step` steps, as JSON; a function of the config, the step, and the
+        list of damaged blocks.
+        """
+        consumed = self.consumed(step)
+        schedule = state.weights_before(consumed, self.config.schedule())
+        read = [name for name in self.readers if any(name in weights for _, weights in schedule)]
         return {
-            "v": STATE_VERSION,
+            "v": state.VERSION,
             "seed": self.seed,
-            "consumed": self.consumed(step),
-            "fingerprint": self.fingerprint,
-            "schedule": [[start, weights] for start, weights in self.config.schedule()],
+            "consumed": consumed,
+            "fingerprint": self._fingerprint(read),
+            "sources": {
+                name: {
+                    "fingerprint": self.readers[name].index.fingerprint,
+                    "shards": len(self.readers[name].index.shards),
+                }
+                for name in read
+            },
+            "schedule": schedule,
             "seq_len": self.seq_len,
             "shuffle_blocks": self.config.shuffle_blocks,
+            "quarantine": self.quarantine.state(consumed),
         }
 
-    def check_state(self, state: dict[str, Any], step: int) -> None:
-        """Raise UserError when this config would not go on where `state`, saved after `step` steps, stopped.
+    def check_state(self, saved: dict[str, Any], step: int) -> None:
+        """Raise UserError when this config would not go on where `saved`, of `step` steps, stopped.
 
-        What lies ahead may change: later weight phases, later batch sizes. What was already read may not.
+        What lies ahead may change: later weight phases, sources that only they name, later batch sizes. What
+        was already read may not.
         """
-        here = self.state(step)
-        if state["v"] != STATE_VERSION:
-            raise UserError(
-                f"stream state of version {state['v']}: this version reads {STATE_VERSION}: use its version"
-            )
-        if state["fingerprint"] != here["fingerprint"]:
-            raise UserError(
-                f"data: its fingerprint {here['fingerprint'][:23]} is not the one this run began with, "
-                f"{state['fingerprint'][:23]}: point data.* at the same shards, or begin a new run with "
-                f"init_from"
-            )
-        for name, setting in (
-            ("seed", "seed"),
-            ("seq_len", "seq_len"),
-            ("shuffle_blocks", "data.shuffle_blocks"),
-        ):
-            if state[name] != here[name]:
-                raise UserError(
-                    f"{setting}={here[name]}: this run was begun with {state[name]}, and another value "
-                    f"would repeat and "
-                    f"skip samples: set it back, or begin a new run with init_from"
-                )
-        if state["consumed"] != here["consumed"]:
-            raise UserError(
-                f"global_batch or data.batch_ramp: steps before {step} read {state['consumed']} samples, "
-                f"now they would "
-                f"be {here['consumed']}: keep the past and add a data.batch_ramp entry from step {step} on"
-            )
-        past = [[start, weights] for start, weights in state["schedule"] if start < max(1, state["consumed"])]
-        if [phase for phase in here["schedule"] if phase[0] < max(1, state["consumed"])] != past:
-            raise UserError(
-                f"data.weight_schedule: the weights of samples before {state['consumed']} were {past}: "
-                f"keep them and add a phase with start_sample={state['consumed']} or later"
-            )
+        where = {name: f"{reader.where}={reader.directory}" for name, reader in self.readers.items()}
+        state.check(saved, self.state(step), step, where)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what a checked state says about damaged blocks."""
+        self.adopt_damage(saved["quarantine"])
+
+    def new_damage(self) -> list[dict[str, Any]]:
+        """Damaged blocks that this rank found since the last call, as JSON, `samples` being those of the
+        global batch that would have read them. For all ranks to adopt (`trainer.stream.damage` says when).
+        """
+        found = self.quarantine.take_new()
+        for damage in found:
+            first, count = damage.pop("batch")
+            windows = set(damage.pop("windows"))
+            damage["samples"] = [
+                sample
+                for sample in range(first, first + count)
+                if (place := self.mixture.locate(sample))[0] == damage["source"] and place[2] in windows
+            ]
+        return found
+
+    def adopt_damage(self, found: list[dict[str, Any]]) -> None:
+        """Put blocks out of use that other ranks or an earlier attempt found, without reading them.
+
+        Batches that were read ahead are to be dropped after it. Raises UserError above data.max_damaged.
+        """
+        self.quarantine.adopt(found)
 
     def _open(self, split: str) -> dict[str, TokenReader]:
         """Readers of every source that has this split, sorted by name."""
@@ -212,6 +226,9 @@ class TokenBatches:
                     verify=self.config.verify,
                     where=key,
                     cache_dir=self.config.cache_dir,
+                    name=name,
+                    split=split,
+                    quarantine=self.quarantine,
                 )
                 self._check_tokenizer(readers[name])
                 if self.config.verify != "off":
@@ -243,7 +260,13 @@ class TokenBatches:
             left, weight_left = left - quotas[name], weight_left - weights[name]
         return [quotas[name] for name in readers]
 
-    def _share(self, readers: list[TokenReader], source_N: np.ndarray, window_N: np.ndarray) -> list[Micro]:
+    def _share(
+        self,
+        readers: list[TokenReader],
+        source_N: np.ndarray,
+        window_N: np.ndarray,
+        batch: tuple[int, int] = (0, 0),
+    ) -> list[Micro]:
         """This rank's slice of the sorted rows as micro-batches, equally many on every rank."""
         count = len(window_N)
         mine = slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
@@ -256,7 +279,7 @@ class TokenBatches:
         num_targets_N = np.zeros(len(window_NW), np.int64)
         for number, reader in enumerate(readers):
             first, last = np.searchsorted(source_N, [number, number + 1])
-            reader.read(window_N[first:last], window_NW[first:last])
+            reader.read(window_N[first:last], window_NW[first:last], batch)
             num_targets_N[first:last] = reader.num_targets(window_N[first:last])
         return make_micros(
             window_NW,

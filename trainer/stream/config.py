@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from trainer.errors import UserError
 
 VERIFY = ("off", "size", "blocks")
+ON_DAMAGE = ("halt", "quarantine")
 
 
 @dataclass
@@ -45,6 +46,9 @@ class BatchPhase:
 class DataConfig:
     """verify: off | size (every shard has its size) | blocks (and each block its hash, when first read).
 
+    on_damage: halt | quarantine (a block whose hash stays wrong after all attempts is replaced by another
+    one of its source, recorded, and the same on every rank and in every resume), up to max_damaged blocks.
+
     shuffle_blocks: how many blocks are mixed with each other at a time; part of the order, do not change in
     a run. workers: threads that read ahead (0: the training thread reads); they never change what is read.
     """
@@ -57,6 +61,8 @@ class DataConfig:
     document_mask: bool = False
     shuffle_blocks: int = 1024
     verify: str = "blocks"
+    on_damage: str = "halt"
+    max_damaged: int = 100
     workers: int = 1
     cache_dir: str = "~/.cache/trivium/shards"
 
@@ -104,6 +110,15 @@ class DataConfig:
             raise UserError(f"data.shuffle_blocks={self.shuffle_blocks}: must be at least 1 (default 1024)")
         if self.verify not in VERIFY:
             raise UserError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
+        if self.on_damage not in ON_DAMAGE:
+            raise UserError(f"data.on_damage={self.on_damage}: must be one of {', '.join(ON_DAMAGE)}")
+        if self.on_damage == "quarantine" and self.verify != "blocks":
+            raise UserError(
+                f"data.on_damage=quarantine: with data.verify={self.verify} damage is not looked for: set "
+                f"data.verify=blocks"
+            )
+        if self.max_damaged < 1:
+            raise UserError(f"data.max_damaged={self.max_damaged}: must be at least 1 block")
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers}: must be 0 (no read-ahead) or more")
 

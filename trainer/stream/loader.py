@@ -36,7 +36,7 @@ class Prefetcher(Generic[T]):
         if self.workers == 0:
             return self.fn(step)
         if self._ready and self._ready[0][0] != step:
-            self._drop()
+            self.drop()
         first = self._ready[-1][0] + 1 if self._ready else step
         for ahead in range(first, step + max(1, self.ahead) + 1):
             self._ready.append((ahead, self._pool().submit(self.fn, ahead)))
@@ -44,7 +44,7 @@ class Prefetcher(Generic[T]):
 
     def close(self) -> None:
         """Stop reading ahead; the threads end after the step they are in."""
-        self._drop()
+        self.drop()
         if self._executor is not None:
             self._executor.shutdown(wait=False)
             self._executor = None
@@ -60,6 +60,7 @@ class Prefetcher(Generic[T]):
             self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix="read-ahead")
         return self._executor
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget what was read ahead: the next `get` computes anew."""
         while self._ready:
             self._ready.popleft()[1].cancel()

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from trainer.errors import UserError
+from trainer.stream.damage import Quarantine
 from trainer.stream.index import DTYPES, HASH, HASHES_FILE, INDEX_FILE, Index, block_hash
 from trainer.stream.store import ATTEMPTS, Mapped, open_store
 from trainer.stream.table import Shard, hex_of
@@ -37,7 +38,7 @@ class TokenReader:
 
     where: the config key that named the directory, for messages. Raises UserError for everything that makes
     the data unusable: no index, other format, no tokens, `seq_len` that does not tile a block, missing or
-    damaged shards.
+    damaged shards. quarantine: what to do about damaged blocks (None: halt), known there as `name`, `split`.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class TokenReader:
         verify: str = "blocks",
         where: str = "data.train",
         cache_dir: str = "~/.cache/trivium/shards",
+        name: str = "train",
+        split: str = "train",
+        quarantine: Quarantine | None = None,
     ):
         self.directory = directory
         self.where = where
@@ -76,6 +80,9 @@ class TokenReader:
         # compared again. What was never touched takes no memory, all of 200 million blocks 25 MB.
         self._verified = np.zeros(self.index.num_blocks // 8 + 1, np.uint8)
         self._lock = threading.Lock()
+        self.quarantine = (quarantine or Quarantine()).source(
+            split, name, self.index.shards, (self.index.tokens - 1) // block_tokens
+        )
         if self.verify == "blocks":
             self._check_size(HASHES_FILE, HASH.itemsize * self.index.num_blocks)
 
@@ -89,15 +96,21 @@ class TokenReader:
             for number in range(part, len(shards), parts):
                 self._check_size(shards.files[number], int(sizes[number]))
 
-    def read(self, window_N: np.ndarray, out_NL: np.ndarray) -> None:
-        """Fill `out_NL` [N, seq_len + 1] with these windows; cheapest in the dtype of the index."""
+    def read(self, window_N: np.ndarray, out_NL: np.ndarray, batch: tuple[int, int] = (0, 0)) -> None:
+        """Fill `out_NL` [N, seq_len + 1] with these windows; cheapest in the dtype of the index.
+
+        batch: first sample and number of samples of the global batch they are for, which decide from when on
+        a block that turns out damaged is out of use.
+        """
         block_N, place_N = np.divmod(window_N, self.windows_per_block)
+        block_N = self.quarantine.substituted(block_N, batch[0])
         shard_N = np.searchsorted(self._first_block, block_N, side="right") - 1
         local_N, start_N = block_N - self._first_block[shard_N], place_N * self.seq_len
         unknown_N = np.zeros(len(block_N), bool)
         if self.verify == "blocks":
             unknown_N = self._verified[block_N >> 3] >> (block_N & 7) & 1 == 0
         current, known, width = -1, -1, self.seq_len + 1
+        substitutes: list[tuple[np.ndarray, np.ndarray]] = []
         for row, (number, local, start, unknown) in enumerate(
             zip(shard_N.tolist(), local_N.tolist(), start_N.tolist(), unknown_N.tolist())
         ):
@@ -105,9 +118,15 @@ class TokenReader:
                 current, known = number, -1
                 shard = self._shard(number)
             if unknown and local != known:
-                self._check_block(shard, local)
+                if not self._is_good(shard, local, window_N, block_N, batch):
+                    damaged = block_N == block_N[row]
+                    rows_NL = np.empty((int(damaged.sum()), width), out_NL.dtype)
+                    self.read(window_N[damaged], rows_NL, batch)  # their substitutes, for it is noted now
+                    substitutes.append((damaged, rows_NL))
                 known = local
             out_NL[row] = shard.blocks[local, start : start + width]
+        for damaged, rows_NL in substitutes:
+            out_NL[damaged] = rows_NL
 
     def num_targets(self, window_N: np.ndarray) -> np.ndarray:
         """Real targets of each window, int64 [N]: fewer than seq_len where the padding begins."""
@@ -157,7 +176,11 @@ class TokenReader:
     def _hashes(self, shard: Shard, mapped: Mapped) -> np.ndarray:
         """The hashes of a shard's blocks, as the index vouches for them."""
         for attempt in range(1 + ATTEMPTS):
-            raw = self.store.hashes(shard, mapped, attempt)
+            try:
+                raw = self.store.hashes(shard, mapped, attempt)
+            except OSError as error:
+                where = self.store.name(HASHES_FILE)
+                raise UserError(f"{where}: cannot be read ({error}): check the file and its rights") from None
             if xxhash.xxh3_64_hexdigest(raw) == shard.hashes:
                 return np.frombuffer(raw, HASH)
         start, count = HASH.itemsize * shard.first_block, HASH.itemsize * shard.blocks
@@ -184,19 +207,48 @@ class TokenReader:
                 f"copy it again or write the shards anew"
             )
 
-    def _check_block(self, opened: OpenShard, block: int) -> None:
-        """Compare the hash of a block with the index, after fetching it if that helps."""
+    def _is_good(
+        self,
+        opened: OpenShard,
+        block: int,
+        window_N: np.ndarray,
+        block_N: np.ndarray,
+        batch: tuple[int, int],
+    ) -> bool:
+        """Whether a block has the hash of the index, after fetching it where that helps; if not, report it.
+
+        Raises UserError where damage is to halt the run.
+        """
         shard, tokens = opened.shard, opened.blocks[block]
-        start = shard.base + block * shard.stride
-        found, expected = block_hash(tokens), int(opened.hashes[block])
-        attempt = 0
-        while found != expected and self.store.fetch(shard, opened.mapped, start, tokens.nbytes, attempt):
-            found, attempt = block_hash(tokens), attempt + 1
-        if found != expected:
-            raise UserError(
-                f"{self.store.name(shard.file)}: block {block} at byte {start} has hash {hex_of(found)} "
-                f"where {HASHES_FILE} says {hex_of(expected)}: the shard is damaged, copy it again or write "
-                f"the shards anew"
-            )
-        number = shard.first_block + block
-        self._verified[number >> 3] |= np.uint8(1 << (number & 7))
+        start, number = shard.base + block * shard.stride, shard.first_block + block
+        found, expected, attempt = block_hash(tokens), int(opened.hashes[block]), 0
+        name = self.store.name(shard.file)
+        try:
+            while found != expected and self.store.fetch(shard, opened.mapped, start, tokens.nbytes, attempt):
+                found, attempt = block_hash(tokens), attempt + 1
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error}): check the file and its rights") from None
+        if found == expected:
+            self._verified[number >> 3] |= np.uint8(1 << (number & 7))
+            return True
+        damage = {
+            "split": self.quarantine.split,
+            "source": self.quarantine.name,
+            "shard": shard.file,
+            "block": block,
+            "from_sample": batch[0],
+            "file": name,
+            "offset": start,
+            "bytes": tokens.nbytes,
+            "found": hex_of(found),
+            "expected": hex_of(expected),
+            "batch": list(batch),
+            "windows": window_N[block_N == number].tolist(),
+        }
+        self.quarantine.whole.found(
+            damage,
+            f"{name}: block {block} at byte {start} has hash {hex_of(found)} where {HASHES_FILE} says "
+            f"{hex_of(expected)}: the shard is damaged, copy it again or write the shards anew (or go on "
+            f"without the block: data.on_damage=quarantine)",
+        )
+        return False
