@@ -19,11 +19,19 @@ def numbered_row(tokens: int, document: int) -> np.ndarray:
 
 
 def write_corpus(
-    directory: Path, tokens: int, document: int = 37, name: str = "web", **options: object
+    directory: Path,
+    tokens: int,
+    document: int = 37,
+    name: str = "web",
+    offset: int = 0,
+    **options: object,
 ) -> Index:
-    """One finished data set of small blocks; `options` go to ShardWriter."""
+    """One finished data set of small blocks, every id above EOS raised by `offset`; `options` go to
+    ShardWriter.
+    """
     defaults: dict = {"vocab_size": 1 << 20, "eos_id": EOS, "tokenizer_sha256": "sha-of-tokenizer"}
     defaults |= {"block_tokens": 64, "blocks_per_shard": 7}
     writer = ShardWriter(directory, name=name, **(defaults | options))
-    writer.add(numbered_row(tokens, document))
+    row = numbered_row(tokens, document)
+    writer.add(np.where(row == EOS, EOS, row + offset))
     return writer.close()
