@@ -1,5 +1,6 @@
 """Damaged blocks: halting, and a quarantine that is the same on every rank, world size and resume."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -277,13 +278,14 @@ def test_the_union_does_not_depend_on_its_order(data: Path) -> None:
     place = {"split": "train", "source": "train", "shard": shards.files[0]}
     damages = [place | {"block": block, "from_sample": n} for block, n in ((1, 50), (1, 20), (2, 9), (1, 70))]
     states = []
-    for order in (damages, damages[::-1]):
-        quarantine = Quarantine("quarantine", 9, 1)
-        part = quarantine.source("train", "train", shards, BLOCKS)
-        for damage in order:
-            quarantine.adopt([damage])
-        states.append((quarantine.state(10**6), part.damaged))
-    assert states[0] == states[1]
+    for order in itertools.permutations(damages):
+        for size in (1, 4):
+            quarantine = Quarantine("quarantine", 9, 1)
+            part = quarantine.source("train", "train", shards, BLOCKS)
+            for begin in range(0, 4, size):
+                quarantine.adopt(order[begin : begin + size])
+            states.append((quarantine.state(10**6), part.damaged))
+    assert all(state == states[0] for state in states)
     assert states[0][1] == {1: 20, 2: 9}
 
 

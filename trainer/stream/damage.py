@@ -77,7 +77,7 @@ class Quarantine:
         bound.
         """
         with self._lock:
-            self._put_out([damage for damage in damages if not self._active(damage)])
+            self._put_out(damages)
 
     def state(self, consumed: int) -> list[Damage]:
         """What the first `consumed` samples, and evaluation, went without: sorted, as JSON.
@@ -94,13 +94,15 @@ class Quarantine:
         known = self._known.get(identity(damage))
         return known is not None and known["from_sample"] <= damage["from_sample"]
 
-    def _put_out(self, damages: list[Damage]) -> None:
+    def _put_out(self, damages: Iterable[Damage]) -> None:
+        last = None
         for damage in damages:
-            self._known[identity(damage)] = damage
+            if self._active(damage):  # one list may name a block twice, from different samples on
+                continue
+            last = self._known[identity(damage)] = damage
             for part in self.sources.values():
                 part.put_out(damage)
-        if len(self._known) > self.most and damages:
-            last = damages[-1]
+        if last is not None and len(self._known) > self.most:
             raise UserError(
                 f"data.max_damaged={self.most}: {len(self._known)} blocks are damaged, the last one block "
                 f"{last['block']} of {last['shard']} ({last['source']}): copy the damaged shards again, or "
