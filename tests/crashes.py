@@ -51,7 +51,14 @@ class Result:
 
 
 def _rank(
-    arguments: list[str], rank: int, size: int, port: int, log: Path, kill: Kill | None, pipe: Any
+    arguments: list[str],
+    rank: int,
+    size: int,
+    port: int,
+    log: Path,
+    kill: Kill | None,
+    prepare: Callable[[int], None] | None,
+    pipe: Any,
 ) -> None:
     """One rank, in its own process."""
     os.setpgid(0, 0)
@@ -81,6 +88,8 @@ def _rank(
                     os.kill(os.getpid(), signal.SIGKILL)
 
         faults.hook = hook
+    if prepare is not None:
+        prepare(rank)
     code = run_main(pretrain.main, arguments)
     sys.stdout.flush()
     os._exit(code)
@@ -102,21 +111,25 @@ class CrashServer:
         log: Path,
         kill: Kill | None = None,
         limit: float = 120,
-        on_start: Callable[[], None] = lambda: None,
+        prepare: Callable[[int], None] | None = None,
+        notice: float = NOTICE_S,
     ) -> Result:
-        """One launch of a run, until all ranks are gone."""
+        """One launch of a run, until all ranks are gone.
+
+        `prepare(rank)` is called in each rank before the run; it travels by pickle. `notice`: seconds that
+        the others get when one has failed.
+        """
         port, started = free_port(), time.monotonic()
         ours, theirs = self.context.Pipe(duplex=False)
         ranks = [
             self.context.Process(
-                target=_rank, args=(arguments, r, world, port, log, kill, theirs), daemon=True
+                target=_rank, args=(arguments, r, world, port, log, kill, prepare, theirs), daemon=True
             )
             for r in range(world)
         ]
         for process in ranks:
             process.start()
         theirs.close()
-        on_start()
         killed, first_death = False, None
         while any(p.exitcode is None for p in ranks):
             time.sleep(0.01)
@@ -134,7 +147,7 @@ class CrashServer:
             if dead and first_death is None:
                 first_death = now
             failed = any(p.exitcode for p in dead)
-            if failed and first_death is not None and now - first_death > NOTICE_S:
+            if failed and first_death is not None and now - first_death > notice:
                 _kill(ranks)
             if now - started > limit:
                 for process in ranks:

@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.generate.config import SamplingConfig
 from trainer.model.config import ModelConfig
 from trainer.observe.loggers import LoggerConfig
+from trainer.observe.watch_config import WatchConfig
 from trainer.stability import StabilityConfig
 from trainer.stream.config import DataConfig
 
@@ -79,6 +80,7 @@ class StageConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -100,6 +102,7 @@ class StageConfig:
             self.optim,
             self.checkpoint,
             self.stability,
+            self.watch,
             self.eval,
             self.sample,
             self.logger,

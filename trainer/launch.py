@@ -112,6 +112,7 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     from trainer.engine.build import build_engine
     from trainer.loop import Loop, Progress, resume
     from trainer.observe.loggers import make_loggers
+    from trainer.observe.watch import Watch
     from trainer.run import RunDirectory, config_hash
     from trainer.stability import Stability
 
@@ -154,12 +155,14 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     run.resume_from(progress.step)
     reach("wandb/start")
     loggers = make_loggers(config.logger, run, config.steps, progress.step)
+    watch = Watch(config.watch, world, run.log_dir)
     code = 1
     try:
         for line in [*run.describe(), *told]:
             loggers.message(line)
-        code = Loop(stage, engine, config, run, progress, loggers, stability).run()
+        code = Loop(stage, engine, config, run, progress, loggers, stability, watch).run()
     finally:
+        watch.close()
         loggers.close(code)
         run.close()
     engine.close()

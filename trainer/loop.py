@@ -18,6 +18,7 @@ from trainer.faults import reach
 from trainer.observe.goodput import Goodput
 from trainer.observe.loggers import Loggers
 from trainer.observe.timer import StepTimer
+from trainer.observe.watch import Watch
 from trainer.run import RunDirectory
 from trainer.samples import write_samples
 from trainer.signals import NAMES, STOPS, StopRequest, stop_requests
@@ -66,9 +67,11 @@ class Loop:
     progress: Progress
     loggers: Loggers
     stability: Stability
+    watch: Watch
 
     def __post_init__(self) -> None:
         world = self.engine.world
+        self.engine.on_phase = self.watch.enter
         self.timer = StepTimer()
         self.goodput = Goodput(
             self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt
@@ -122,9 +125,10 @@ class Loop:
 
     def _step(self, batches: Prefetcher[Any]) -> None:
         step = self.progress.step
-        self.engine.on_phase("data")
+        self.watch.begin_step(step + 1)
         with self.timer.part("wait_data"):
             batch = batches.get(step)
+        self.watch.batch(batch.first_sample, batch.num_samples)
         lr = learning_rate(step, self.config.steps, self.config.optim.lr, self.config.schedule)
 
         def accept(loss: float, norm: float) -> bool:
@@ -140,6 +144,9 @@ class Loop:
         if (saved := self.saver.result()) is not None:
             self._note_save(saved)
         metrics = self._look() | self._describe(batch, result, lr)
+        if slow := self.watch.end_step():
+            self.events["event/slow"] = slow
+            self._tell(f"step {self.progress.step}: {slow}")
         parts = self.timer.finish()
         self.goodput.step(self.progress.step, parts)
         self._log(metrics | parts | self.speed.metrics(batch, result.num_items, parts["speed/step_s"]))

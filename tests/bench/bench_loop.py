@@ -28,6 +28,7 @@ from trainer.model.config import ModelConfig
 from trainer.model.init import init_weights
 from trainer.model.transformer import Transformer
 from trainer.observe.loggers import make_loggers, read_metrics
+from trainer.observe.watch import Watch
 from trainer.run import RunDirectory
 from trainer.stability import Stability
 from trainer.stream.shards import ShardWriter
@@ -137,6 +138,7 @@ def build_loop(run_dir: Path, data: Path, model: ModelConfig, optim: OptimConfig
         Progress(),
         make_loggers(config.logger, run, config.steps),
         Stability(config.stability),
+        Watch(config.watch, world, run.log_dir),
     )
     loop._save = lambda last=False: None  # a round ends here, not the run: saving is not what is measured
     return loop
