@@ -109,7 +109,7 @@ def other_user(node: Path, first: int, last: int) -> tuple[list[int], int]:
     modes = {} if uid else {p: p.stat().st_mode for p in (node / "scratch" / "cache").glob("*.tar")}
     for path in modes:
         path.chmod(0o444)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     for path, mode in modes.items():
@@ -228,7 +228,7 @@ test_cache.first_tokens(test_cache.reader_of(Path({node!r})), range(3))
 
 
 def test_a_killed_fetch_leaves_a_block_that_is_fetched_again(node: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     code = KILLED.format(tests=str(Path(__file__).parent), node=str(node))
     done = subprocess.run([sys.executable, "-c", code], timeout=120, env=environment, check=False)
     assert done.returncode == -9
