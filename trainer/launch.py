@@ -113,7 +113,7 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
     from trainer.loop import Loop, Progress, resume
     from trainer.observe.loggers import make_loggers
     from trainer.observe.watch import Watch
-    from trainer.run import RunDirectory, config_hash
+    from trainer.run import RunDirectory, config_hash, read_damage
     from trainer.stability import Stability
 
     world.same_everywhere("the resolved config", config_hash(plain(config)))
@@ -128,6 +128,9 @@ def _train(name: str, config: StageConfig, make_stage: MakeStage, world: "World"
         state = commit.read_state(saved)
         done = Progress.of(state)
         together(world, lambda: stage.check_state(state["stream"], done.data_step(done.step)))
+        together(world, lambda: stage.restore(state["stream"]))
+    known = together(world, lambda: read_damage(Path(config.run_dir)) if world.is_main else [])
+    together(world, lambda: stage.adopt_damage(world.gather(known)[0]))  # type: ignore[arg-type]
     engine = together(
         world, lambda: build_engine(config.model, config.engine, config.optim, world, config.seed)
     )

@@ -21,13 +21,11 @@ from trainer.observe.timer import StepTimer
 from trainer.observe.watch import Watch
 from trainer.run import RunDirectory
 from trainer.samples import write_samples
-from trainer.signals import NAMES, STOPS, StopRequest, stop_requests
+from trainer.signals import NAMES, stop_requests
 from trainer.speed import Speed, memory
 from trainer.stability import Stability
 from trainer.stage import Batch, Stage
 from trainer.stream.loader import Prefetcher
-
-DAMAGE = 1 << 8  # a bit of the word that ranks agree on: one of them put a block of data out of use
 
 
 @dataclass
@@ -97,7 +95,7 @@ class Loop:
             stopped = 0
             while self.progress.step < steps and not stopped:
                 self._step(batches)
-                stopped = self._agree(request)
+                stopped = self.engine.agree(request.word)
                 if self.stability.must_return and not stopped:
                     if not self._roll_back():
                         self.goodput.stop("unstable")
@@ -123,11 +121,30 @@ class Loop:
         reach("data/prefetch")
         return self.stage.batch(self.progress.data_step(step))
 
+    def _get(self, batches: Prefetcher[Any], step: int) -> Batch:
+        """The batch of a step, read anew as long as any rank finds damaged data in it: what is put out of use
+        is on the disk before a batch without it is trained on, or a resumed run could read other samples.
+        """
+        while True:
+            batch: Batch = batches.get(step)
+            if not self.stage.quarantines:
+                return batch
+            found = self.stage.new_damage()
+            if not self.engine.agree(bool(found)):
+                return batch
+            shared = [damage for part in self.engine.world.gather(found) for damage in part]  # type: ignore[attr-defined]
+            self.run_directory.add_damage(shared)
+            self.stage.adopt_damage(shared)
+            batches.drop()
+            names = ", ".join(sorted({f"{d['shard']} block {d['block']}" for d in shared}))
+            self.events["event/damage"] = names
+            self._tell(f"step {step + 1}: damaged data put out of use: {names}")
+
     def _step(self, batches: Prefetcher[Any]) -> None:
         step = self.progress.step
         self.watch.begin_step(step + 1)
         with self.timer.part("wait_data"):
-            batch = batches.get(step)
+            batch = self._get(batches, step)
         self.watch.batch(batch.first_sample, batch.num_samples)
         lr = learning_rate(step, self.config.steps, self.config.optim.lr, self.config.schedule)
 
@@ -208,19 +225,6 @@ class Loop:
                 self.loggers.log(self.progress.step, self.progress.tokens, metrics)
 
     # --- what all ranks decide together
-
-    def _agree(self, request: StopRequest) -> int:
-        """The stop bits that any rank was asked for; damaged data that any rank found reaches all."""
-        found = self.stage.new_damage()
-        word = self.engine.agree(request.word | (DAMAGE if found else 0))
-        if word & DAMAGE:
-            shared = [damage for part in self.engine.world.gather(found) for damage in part]  # type: ignore[attr-defined]
-            self.stage.adopt_damage(shared)
-            self.run_directory.add_damage(shared)
-            names = ", ".join(sorted({f"{d['shard']} block {d['block']}" for d in shared}))
-            self.events["event/damage"] = names
-            self._tell(f"step {self.progress.step}: damaged data put out of use: {names}")
-        return word & STOPS
 
     def _save(self, last: bool = False) -> None:
         """Order a checkpoint; after the step's log line, so that none stands without the metrics that led to

@@ -40,6 +40,7 @@ class Pretrain:
         self.device = world.device
         require_backend(config.model, world.device.type, training=True)
         self.read_ahead = config.data.workers
+        self.quarantines = config.data.on_damage == "quarantine"
         self.tokenizer = find_tokenizer(config)
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(config.model.vocab_size)
@@ -107,11 +108,14 @@ class Pretrain:
     def check_state(self, state: dict[str, Any], step: int) -> None:
         self.batches.check_state(state, step)
 
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches.restore(state)
+
     def new_damage(self) -> list[dict[str, Any]]:
-        return []
+        return self.batches.new_damage()
 
     def adopt_damage(self, found: list[dict[str, Any]]) -> None:
-        pass
+        self.batches.adopt_damage(found)
 
 
 def find_tokenizer(config: PretrainConfig) -> Any:

@@ -12,9 +12,8 @@ from types import FrameType
 
 STOP = 1  # a person or the system asked
 WALLTIME = 2  # the time limit is near: the job wants to be requeued
-STOPS = STOP | WALLTIME
 BITS = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR1: WALLTIME}
-NAMES = {STOP: "a stop signal", WALLTIME: "the time limit's signal", STOPS: "stop signals"}
+NAMES = {STOP: "a stop signal", WALLTIME: "the time limit's signal", STOP | WALLTIME: "stop signals"}
 
 
 class StopRequest:

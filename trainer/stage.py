@@ -30,6 +30,9 @@ class Stage(Protocol):
     tokenizer: Tokenizer | None  # None: no text samples
     read_ahead: int  # threads that prepare batches; 0 where a batch depends on the weights
     notes: list[str]  # what to tell the user at the start
+    quarantines: (
+        bool  # damaged data is replaced instead of ending the run: ranks agree on it before each step
+    )
 
     def batch(self, step: int) -> Batch:
         """This rank's micro-batches of a step: a pure function of (config, step) and, in RL, of the
@@ -53,6 +56,9 @@ class Stage(Protocol):
 
     def check_state(self, state: dict[str, Any], step: int) -> None:
         """Raise UserError where this config would not go on as `state` was going."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a checked state says beyond the step."""
 
     def new_damage(self) -> list[dict[str, Any]]:
         """Damaged blocks that this rank has found since the last call and put out of use; mostly empty."""
