@@ -106,7 +106,8 @@ def other_user(node: Path, first: int, last: int) -> tuple[list[int], int]:
     """
     uid = OTHER_USER if os.geteuid() == 0 else 0
     code = USER.format(tests=str(Path(__file__).parent), node=str(node), uid=uid, first=first, last=last)
-    modes = {} if uid else {p: p.stat().st_mode for p in (node / "scratch" / "cache").glob("*.tar")}
+    shared = [p for p in (node / "scratch" / "cache").glob("*.tar") if "-" not in p.name]
+    modes = {} if uid else {path: path.stat().st_mode for path in shared}
     for path in modes:
         path.chmod(0o444)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

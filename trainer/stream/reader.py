@@ -117,6 +117,7 @@ class TokenReader:
             if number != current:
                 current, known = number, -1
                 shard = self._shard(number)
+                blocks = shard.blocks
             if unknown and local != known:
                 if not self._is_good(shard, local, window_N, block_N, batch):
                     damaged = block_N == block_N[row]
@@ -124,7 +125,7 @@ class TokenReader:
                     self.read(window_N[damaged], rows_NL, batch)  # their substitutes, for it is noted now
                     substitutes.append((damaged, rows_NL))
                 known = local
-            out_NL[row] = shard.blocks[local, start : start + width]
+            out_NL[row] = blocks[local, start : start + width]
         for damaged, rows_NL in substitutes:
             out_NL[damaged] = rows_NL
 
