@@ -98,6 +98,8 @@ def why_refused(change: Change, changes: list[Change]) -> str:
         )
         if not related:
             return ""
+    if change.old is ABSENT and change.key.startswith("data.sources."):
+        return ""  # a source added on the way: the stream's own state says whether the past stays what it was
     return next((reason for pattern, reason in RULES if fnmatchcase(change.key, pattern)), "")
 
 

@@ -14,6 +14,10 @@ COMMANDS = {
     "chat": ("trainer.generate.terminal", "complete text with a trained model, or show its next tokens"),
     "tokens": ("trainer.chat.show", "show a text as coloured tokens with their ids"),
     "export": ("trainer.export", "write a run as a Hugging Face model"),
+    "checkpoints": ("trainer.checkpoints", "list, verify and prune the checkpoints of a run"),
+    "replay": ("trainer.replay", "run one step of a run again and show the documents of its batch"),
+    "verify": ("trainer.verify", "prove that a run killed and resumed elsewhere is the unbroken one"),
+    "parity": ("trainer.parity", "the numerics matrix: every engine against one plain loop, on your machine"),
     "report": ("trainer.observe.report", "one HTML page about a run, also while it goes on"),
 }
 

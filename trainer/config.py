@@ -68,6 +68,7 @@ class StageConfig:
 
     run_dir: str = "runs/pretrain"
     steps: int = 1000  # optimizer updates
+    stop_after: int | None = None  # stop at this step as if asked to; the schedule stays that of `steps`
     seed: int = 0
     seq_len: int = 512  # tokens
     global_batch: int = 32  # sequences per update, over all ranks and micro-batches
@@ -94,6 +95,8 @@ class StageConfig:
         for name in ("steps", "seq_len", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise UserError(f"stop_after={self.stop_after}: must be at least 1 step, or null for all steps")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed={self.seed}: must be in [0, 2**63)")
         for group in (
@@ -167,6 +170,21 @@ def compose_stage(stage: str, overrides: list[str], launcher_engine: str | None 
         if not chosen:
             overrides = [f"engine={launcher_engine}", *overrides]
     config = compose(stage, f"{stage}_schema", STAGES[stage], overrides, f"trivium {stage}")
+    assert isinstance(config, StageConfig)
+    return config
+
+
+def config_of(stage: str, values: dict[str, Any], where: str) -> StageConfig:
+    """The typed config from a resolved one, e.g. a run directory's config.yaml; `where` is its name for
+    messages. Raises UserError for keys or types that this version does not know.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(STAGES[stage]), values))
+    except (OmegaConfBaseException, KeyError) as error:
+        raise UserError(f"{where}: not a config of this version ({str(error).splitlines()[0]})") from error
     assert isinstance(config, StageConfig)
     return config
 

@@ -6,7 +6,7 @@ return to the last checkpoint, a block of data put out of use. Nothing here asks
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.config import StageConfig
 from trainer.engine import checkpoint, commit
@@ -88,12 +88,13 @@ class Loop:
             # a kill between the last save and its mark must not last for ever
             self.run_directory.mark_done(done)
             return 0
+        end = min(steps, self.config.stop_after or steps)
         self.goodput.start()
         with stop_requests() as request, Prefetcher(self._batch, self.stage.read_ahead) as batches:
             if self.progress.step == 0:
                 self._log(self._look(first=True))
             stopped = 0
-            while self.progress.step < steps and not stopped:
+            while self.progress.step < end and not stopped:
                 self._step(batches)
                 stopped = self.engine.agree(request.word)
                 if self.stability.must_return and not stopped:
@@ -105,8 +106,8 @@ class Loop:
         self._save(last=True)
         if self.progress.step < steps:
             self._tell(
-                f"stopped by {NAMES[stopped]} after step {self.progress.step} of {steps}, all saved; "
-                f"the same command goes on"
+                f"stopped by {NAMES.get(stopped, 'stop_after')} after step {self.progress.step} of {steps}, "
+                f"all saved; the same command goes on"
             )
             self.goodput.stop("signal")
             return EXIT_STOPPED
@@ -132,7 +133,8 @@ class Loop:
             found = self.stage.new_damage()
             if not self.engine.agree(bool(found)):
                 return batch
-            shared = [damage for part in self.engine.world.gather(found) for damage in part]  # type: ignore[attr-defined]
+            parts = cast(list[list[dict[str, Any]]], self.engine.world.gather(found))
+            shared = [damage for part in parts for damage in part]
             self.run_directory.add_damage(shared)
             self.stage.adopt_damage(shared)
             batches.drop()

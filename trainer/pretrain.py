@@ -10,9 +10,12 @@ The same command again resumes the run in run_dir, also on the other engine and 
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer.config import PretrainConfig
 from trainer.launch import run_main, run_stage
@@ -116,6 +119,36 @@ class Pretrain:
 
     def adopt_damage(self, found: list[dict[str, Any]]) -> None:
         self.batches.adopt_damage(found)
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Where the rows of batch `step` come from, in the order in which one rank trains on them."""
+        batches = self.batches
+        found = []
+        for sample in range(batches.consumed(step), batches.consumed(step + 1)):
+            source, epoch, window = batches.mixture.locate(sample)
+            reader = batches.readers[source]
+            block, place = divmod(window, reader.windows_per_block)
+            shards = reader.index.shards
+            shard = shards[bisect_right(shards.first_block.tolist(), block) - 1]
+            inside = block - shard.first_block
+            offset = shard.base + inside * shard.stride
+            offset += place * self.config.seq_len * np.dtype(reader.index.dtype).itemsize
+            found.append({
+                "sample": sample, "source": source, "epoch": epoch, "window": window, "shard": shard.file,
+                "block": int(inside), "offset": int(offset),
+            })  # fmt: skip
+        return sorted(found, key=lambda row: (row["source"], row["window"]))
+
+    def row_losses(self, model: "nn.Module", micro: "Micro") -> list[float]:
+        """Mean loss of each row of a micro-batch over its supervised tokens; nan where it has none."""
+        inputs = self._inputs(micro)
+        nll_BT = model(**inputs, reduction="none")
+        count_B = (inputs["targets_BT"] >= 0).sum(1)
+        losses: list[float] = (nll_BT.sum(1) / count_B).tolist()
+        return losses
+
+
+STAGE = Pretrain
 
 
 def find_tokenizer(config: PretrainConfig) -> Any:

@@ -196,6 +196,14 @@ class Engine(ABC):
         (num_items,) = self.world.sum_words([sum(m.num_items for m in micros)])
         return {**self._reduce(sums), "items": float(num_items)}
 
+    @torch.no_grad()
+    def no_grad(self, function: Callable[[nn.Module, Any], Any], micro: Micro) -> Any:
+        """`function(model, micro)` in evaluation mode on every rank: to look, not to train."""
+        self.model.eval()
+        result = function(self.model, micro)
+        self.model.train()
+        return result
+
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sum over ranks in fp64, in one collective; the same keys on every rank."""
         box = torch.stack([value.to(torch.float64) for value in sums.values()])
