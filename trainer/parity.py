@@ -113,9 +113,7 @@ def _cell(stage: str, values: dict[str, Any], cell: tuple[str, int, str], steps:
 
 def _show(console: Console, found: dict[tuple[str, int, str], Any], tolerance: float) -> int:
     reference, _ = found[PLAIN, 1, "none"]
-    table = Table(
-        "engine", "ranks", "options", "last loss", "last norm", "loss apart", "norm apart", "s/step", ""
-    )
+    table = Table("engine", "ranks", "options", "loss", "norm", "loss ±", "norm ±", "s/step", "")
     good = True
     for (kind, ranks, option), value in found.items():
         if isinstance(value, str):
