@@ -155,3 +155,13 @@ def test_mistakes(run, dataset, tmp_path):
     assert_one_line(trivium("checkpoints", str(tmp_path)), "no such directory")
     assert_one_line(trivium("checkpoints", str(run), "--prune", "1"), "--prune 1")
     assert_one_line(trivium("pretrain", *tiny(dataset, tmp_path / "r"), "stop_after=0"), "stop_after=0")
+
+
+def test_stopping_again_where_a_run_stopped_changes_nothing(dataset, tmp_path):
+    """Also with stop_after at or below what is done: nothing to train, nothing to save, no error."""
+    server, run = CrashServer(), tmp_path / "run"
+    for stop in ("stop_after=3", "stop_after=3", "stop_after=2"):
+        result = server.attempt(tiny(dataset, run, stop), 1, tmp_path / "log")
+        assert result.codes == [75], result.output
+        assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert "stopped by stop_after after step 3 of 6" in result.output

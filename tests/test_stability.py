@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import assert_same_curve, curve, environment, metrics, tiny
+from commands import assert_same_curve, curve, environment, metrics, tiny, trivium
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import free_port
@@ -164,6 +164,11 @@ def test_after_too_many_the_run_returns_and_jumps_over_the_batches(dataset, tmp_
     replaced = (run / "logs" / "attempt-1" / "replaced-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in replaced] == [16, 17, 18, 19, 20]
     assert "event/skip" in json.loads(replaced[-1])
+    # What was left out can be looked at on the weights it came to, and the report draws the run.
+    looked = trivium("replay", str(run), "--step", "21", "--batch", "17", "--rows", "1", COLUMNS="200")
+    assert looked.returncode == 0, looked.stderr
+    assert "batch 17, samples 204..215" in looked.stdout
+    assert trivium("report", str(run)).returncode == 0
     state = json.loads((run / "checkpoints" / "step-00000025" / "state.json").read_text())
     assert state["jumps"] == [[15, 5]]
     # A resume from the checkpoint of step 25 keeps the jump, on another engine and number of ranks.

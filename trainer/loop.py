@@ -75,7 +75,7 @@ class Loop:
             self.run_directory.goodput_file if world.is_main else None, self.run_directory.attempt
         )
         self.saver = Saver(self.run_directory.checkpoints, self.engine, self.config.checkpoint)
-        self.saved_step = self.progress.step if self.progress.step else -1
+        self.saved_step = self.saver.committed = self.progress.step if self.progress.step else -1
         self.speed = Speed(self.engine, self.config)
         self.events: dict[str, str] = {}  # what happened since the last log line
 
@@ -291,7 +291,8 @@ class Loop:
         back.skipped = now.skipped
         self.stability.restore(state["stability"])
         self.stability.rollbacks = done + 1
-        self.progress, self.saved_step = back, back.step
+        self.progress = back
+        self.saved_step = self.saver.committed = back.step
         self.loggers.rewind(back.step)
         self.goodput.rewind(back.step)
         self.events["event/rollback"] = (

@@ -74,6 +74,7 @@ def save_on_a_full_disk(world, case, root, where):
     finally:
         setattr(module, name, original)
     kept = commit.list_steps(root), sorted(path.name for path in root.iterdir())
+    world.barrier()  # all ranks have looked
     saver.save(3, {}, {})
     last = saver.wait(), saver.committed, commit.list_steps(root)
     engine.close()

@@ -45,6 +45,7 @@ class Saver:
         self._error: BaseException | None = None
         self.committed = -1  # step of the last save that this rank knows to be whole
         self._pieces = 0
+        self._pruning = False
 
     def save(
         self,
@@ -100,12 +101,15 @@ class Saver:
             self._error = error
 
     def _prune(self) -> None:
+        self._pruning = True
         try:
             commit.prune(self.root, self.config)
         except OSError as error:  # the save itself is whole
             raise UserError(
                 f"{error.filename}: cannot delete an old checkpoint ({error.strerror})"
             ) from error
+        finally:
+            self._pruning = False
 
     def _count_piece(self) -> None:
         self._pieces += 1
@@ -133,7 +137,8 @@ class Saver:
         seen = -1
         while self._thread.is_alive():
             self._thread.join(LOOK_S)
-            if self._pieces != seen:  # written bytes are progress, waiting for another rank is not
+            # Bytes written and files deleted are progress, waiting for another rank is not.
+            if self._pieces != seen or self._pruning:
                 seen = self._pieces
                 self.engine.on_phase("save")
         self._thread = None
