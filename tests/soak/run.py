@@ -179,6 +179,7 @@ def soak_watch(console: Console) -> bool:
                 "eval.every=10",
                 "eval.sequences=24",
                 "watch.limit_s=4",
+                "micro_batch=1",
             ]
             arguments = tiny(data, run, *extra, f"engine={engine}")
             result = server.attempt(arguments, world, run.with_suffix(".log"), limit=300)
