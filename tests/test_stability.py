@@ -151,10 +151,14 @@ def test_a_bad_batch_is_left_out_and_named(dataset, tmp_path, poisoned, engine, 
     assert "update left out (samples 240..251)" in result.stdout
 
 
-def test_after_too_many_the_run_returns_and_jumps_over_the_batches(dataset, tmp_path, poisoned):
-    """Batches 17 to 19 spike: back to step 15, on with batch 20. Also when killed and resumed after it."""
+@pytest.mark.parametrize("every", [5, 3])
+def test_after_too_many_the_run_returns_and_jumps_over_the_batches(dataset, tmp_path, poisoned, every):
+    """Batches 17 to 19 spike: back to step 15, on with batch 20; also when resumed later. With a checkpoint
+    every 3 steps one is saved in the middle of the trouble: it must go, or a resume would go on there.
+    """
     run = tmp_path / "run"
-    result = poisoned([17, 18, 19], tiny(dataset, run, *STEADY))
+    settings = [*STEADY, f"checkpoint.every={every}", "checkpoint.keep_last=9"]
+    result = poisoned([17, 18, 19], tiny(dataset, run, *settings))
     assert result.returncode == 0, result.stderr
     lines = metrics(run)
     assert [m["step"] for m in lines] == list(range(1, 31))
@@ -169,13 +173,15 @@ def test_after_too_many_the_run_returns_and_jumps_over_the_batches(dataset, tmp_
     assert looked.returncode == 0, looked.stderr
     assert "batch 17, samples 204..215" in looked.stdout
     assert trivium("report", str(run)).returncode == 0
-    state = json.loads((run / "checkpoints" / "step-00000025" / "state.json").read_text())
-    assert state["jumps"] == [[15, 5]]
-    # A resume from the checkpoint of step 25 keeps the jump, on another engine and number of ranks.
+    for path in (run / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        assert state["jumps"] == ([[15, 5]] if state["step"] > 15 else [])
+        assert state["stability"]["in_row"] == 0
+    # A resume from the checkpoint before the last keeps the jump, on another engine and number of ranks.
     reference = curve(run)
     (run / "DONE").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000030")
-    again = poisoned([17, 18, 19], tiny(dataset, run, *STEADY, "engine=zero3"), world=2)
+    again = poisoned([17, 18, 19], tiny(dataset, run, *settings, "engine=zero3"), world=2)
     assert again.returncode == 0, again.stderr
     assert_same_curve(curve(run), reference)
 

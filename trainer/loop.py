@@ -284,6 +284,8 @@ class Loop:
             self._tell(f"damaged checkpoint passed over: {problem}")
             if self.engine.world.is_main:
                 commit.set_aside(other)
+        if self.engine.world.is_main:  # saved during the trouble: a resume must not go on there
+            commit.remove_after(self.run_directory.checkpoints, now.step - streak)
         state = checkpoint.load(path, self.engine)
         back = Progress.of(state)
         first, end = now.data_step(back.step), now.data_step(now.step)

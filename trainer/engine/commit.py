@@ -70,6 +70,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def remove_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the latest first: what a crash leaves is always a past."""
+    for later in reversed([found for found in list_steps(root) if found > step]):
+        remove(directory_of(root, later))
+
+
 def is_committed(path: Path) -> bool:
     return (path / MARKER).is_file()
 
