@@ -88,13 +88,13 @@ def test_killed_at_a_point(server, dataset, unbroken, tmp_path, number):
     finish_and_compare(server, arguments, run, LAYOUTS[(number + 3) % len(LAYOUTS)], unbroken)
 
 
-@pytest.mark.parametrize("trial", range(4))
+@pytest.mark.parametrize("trial", range(2))
 def test_killed_at_any_moment(server, dataset, unbroken, tmp_path, trial):
-    """Moments that nobody chose: spread over start, training and saving."""
+    """Moments that nobody chose; `make soak` tries hundreds."""
     run = tmp_path / "run"
     arguments = tiny(dataset, run, *SETTINGS)
     engine, world = LAYOUTS[trial]
-    kill = Kill(after=0.9 + 0.37 * trial, everyone=bool(trial % 2))
+    kill = Kill(after=1.1 + 0.6 * trial, everyone=bool(trial % 2))
     server.attempt([*arguments, f"engine={engine}"], world, tmp_path / "killed.log", kill)
     if (run / "run.json").exists():
         look_at_the_disk(run)

@@ -3,7 +3,6 @@ had not been.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -153,20 +152,6 @@ def wait_for_steps(run, count: int, process: subprocess.Popen) -> None:
 
 def metrics_so_far(run) -> list[str]:
     return [line for line in (run / "metrics.jsonl").read_text().split("\n")[:-1] if "train/loss" in line]
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_kill_9_resumes_from_the_last_checkpoint(dataset, long_unbroken, tmp_path, world):
-    run = tmp_path / "run"
-    arguments = tiny(dataset, run, *LONG, "checkpoint.every=5")
-    process = start(["trainer.pretrain"], arguments, start_new_session=True)
-    wait_for_steps(run, 7, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    output = finish(start(launcher(world), arguments))
-    assert "attempt 2" in output
-    assert "going on from" in output
-    assert_same_curve(curve(run), curve(long_unbroken))
 
 
 def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(dataset, tmp_path):

@@ -58,17 +58,18 @@ def test_untied_embeddings(pool, reference, kind):
     assert_close(pool.run(2, train, Case(kind, 3, tied=False))[0], reference[False])
 
 
+# Every back end with checkpointing alone and with both; each alone on one of each family.
 WRAPPED = [
-    {"activation_checkpoint": "full"},
-    {"activation_checkpoint": "selective"},
-    {"compile": True},
-    {"compile": True, "activation_checkpoint": "full"},
+    *(({"activation_checkpoint": "full"}, kind) for kind in KINDS),
+    *(({"compile": True, "activation_checkpoint": "full"}, kind) for kind in KINDS),
+    *(({"activation_checkpoint": "selective"}, kind) for kind in ("fsdp", "zero3")),
+    *(({"compile": True}, kind) for kind in ("fsdp", "zero2", "zero3")),
 ]
 
 
-@pytest.mark.parametrize("options", WRAPPED, ids=lambda o: "-".join(f"{v}" for v in o.values()))
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_and_compiling_change_nothing(pool, reference, kind, options):
+@pytest.mark.parametrize("case", WRAPPED, ids=lambda case: "-".join(map(str, [case[1], *case[0].values()])))
+def test_checkpointing_and_compiling_change_nothing(pool, reference, case):
+    options, kind = case
     assert_close(pool.run(2, train, Case(kind, 6, options=options))[0], reference[True])
 
 

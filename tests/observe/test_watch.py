@@ -111,7 +111,7 @@ def odd(server, dataset, tmp_path):
         arguments = tiny(dataset, directory, "steps=400", *limits, *overrides)
         prepare = functools.partial(behave, how, who)
         log = tmp_path / "out.log"
-        return server.attempt(arguments, world, log, prepare=prepare, notice=2 * LIMIT), directory
+        return server.attempt(arguments, world, log, prepare=prepare, notice=LIMIT), directory
 
     return run
 

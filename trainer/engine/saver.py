@@ -8,6 +8,8 @@ order on another rank and hang. One save is in flight; the next one waits for it
 A save that fails leaves training and the older checkpoints alone; `result()` tells it at the next step.
 """
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,6 +92,8 @@ class Saver:
         extra: dict[str, Path],
         before_commit: Callable[[], None],
     ) -> None:
+        if sys.platform == "linux":  # there it means this thread alone: the model's threads go first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             checkpoint.write(
                 self.root, step, ranges, state, extra, self.world, before_commit, self._count_piece
@@ -113,11 +117,6 @@ class Saver:
 
     def _count_piece(self) -> None:
         self._pieces += 1
-
-    @property
-    def busy(self) -> bool:
-        """A save is being written, or has ended and was not taken note of."""
-        return self._thread is not None
 
     def result(self) -> str | None:
         """None while a save is under way or none was ordered; then once: "" for a success, or what went
